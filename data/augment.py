@@ -1,0 +1,116 @@
+"""Augmentation of a whole batch on the device: one resampling, photometric changes, a mirrored image is another class.
+
+One implementation for CPU and GPU, no loop over the batch. Random numbers come from torch's global generator, which the
+training loop seeds at each iteration. Ranges are those of the competition's first place, perspective, shear, blur and
+grey those of its second.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+ROTATION = 25.0              # degrees, either way
+SHIFT_X, SHIFT_Y = 0.03, 0.04  # of the width and of the height, either way
+SCALE = 0.10                 # 0.9 .. 1.1
+SHEAR = 0.10                 # either way
+PERSPECTIVE = 0.10           # how much nearer one edge may be than the other, in half widths
+JITTER = 0.03                # of the box's sides, each side for itself
+GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
+
+
+def flip_labels(labels, flips, num_ids, flip_is_new_id):
+    """The classes of mirrored images: id k <-> k + N; new_whale (2N) stays. labels, flips (B,) -> (B,)."""
+    if not flip_is_new_id:
+        return labels
+    mirrored = (labels + num_ids) % (2 * num_ids)
+    return torch.where(flips.bool() & (labels < 2 * num_ids), mirrored, labels)
+
+
+def to_input(crops, masks, height, width, margin, transform=None):
+    """Raw crops -> network input, in one resampling.
+
+    crops (B, h, w, 3) uint8 show the box and `margin` (a share of its sides) of surroundings on every side;
+    masks (B, h, w) uint8 0/1; transform (B, 3, 3) maps output to input coordinates, both -1..1 over the box
+    (default: the box itself). Returns (B, 4, height, width) float: RGB 0..1 and the mask.
+    """
+    batch, device = len(crops), crops.device
+    image = torch.cat([crops, masks[..., None] * 255], 3).permute(0, 3, 1, 2).float() / 255  # (B, 4, h, w)
+    if transform is None:
+        transform = torch.eye(3, device=device).expand(batch, 3, 3)
+    y = (torch.arange(height, device=device) + 0.5) * 2 / height - 1
+    x = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
+    points = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x).expand(height, width)], -1)
+    moved = points.view(1, -1, 3) @ transform.transpose(1, 2)  # (B, height * width, 3)
+    grid = moved[..., :2] / moved[..., 2:].clamp(min=0.1) / (1 + 2 * margin)  # from the box to the crop around it
+    return F.grid_sample(image, grid.view(batch, height, width, 2), padding_mode='border', align_corners=False)
+
+
+def random_transform(flips, height, width, strength=1.0):
+    """Flip, rotation, scale, shear, shift, perspective and box jitter as one homography an image: (B,) -> (B, 3, 3)."""
+    batch, device = len(flips), flips.device
+
+    def uniform(limit):
+        return (torch.rand(batch, device=device) * 2 - 1) * limit * strength
+
+    aspect = width / height
+    angle = uniform(math.radians(ROTATION)) * _maybe(batch, device)
+    sx, sy = 1 + uniform(SCALE), 1 + uniform(SCALE)
+    sx, sy = sx * (1 + uniform(JITTER)), sy * (1 + uniform(JITTER))
+    sign = 1 - 2 * flips.float()
+    # rows and columns in a square's units, so that a rotation of a 2:1 crop is one
+    cos, sin, shear = angle.cos(), angle.sin(), uniform(SHEAR) * _maybe(batch, device)
+    transform = torch.zeros(batch, 3, 3, device=device)
+    transform[:, 0, 0] = sign * sx * cos
+    transform[:, 0, 1] = sx * (shear * cos - sin) / aspect
+    transform[:, 1, 0] = sign * sy * sin * aspect
+    transform[:, 1, 1] = sy * (shear * sin + cos)
+    transform[:, 0, 2] = uniform(2 * SHIFT_X + JITTER)
+    transform[:, 1, 2] = uniform(2 * SHIFT_Y + JITTER)
+    transform[:, 2, 0] = uniform(PERSPECTIVE) * _maybe(batch, device)
+    transform[:, 2, 1] = uniform(PERSPECTIVE) * _maybe(batch, device)
+    transform[:, 2, 2] = 1
+    return transform
+
+
+def photometric(images, strength=1.0):
+    """Light, contrast, gamma, greyscale, blur, noise, one erased box, a mask taken away: each for half of the images.
+
+    images (B, 4, H, W), RGB 0..1 and mask -> the same.
+    """
+    batch, device = len(images), images.device
+    height, width = images.shape[2:]
+    rgb, mask = images[:, :3], images[:, 3:]
+
+    def factor(limit):  # (B, 1, 1, 1), 1 for about half of the images
+        change = (torch.rand(batch, device=device) * 2 - 1) * limit * strength
+        return 1 + (change * _maybe(batch, device)).view(-1, 1, 1, 1)
+
+    mean = rgb.mean((1, 2, 3), keepdim=True)
+    rgb = (((rgb - mean) * factor(0.4) + mean) * factor(0.3)).clamp(1e-3, 1) ** factor(0.4)
+    grey = (rgb * GREY.to(device).view(1, 3, 1, 1)).sum(1, keepdim=True)  # (B, 1, H, W)
+    rgb = torch.where(_maybe(batch, device).bool().view(-1, 1, 1, 1), grey, rgb)
+    blurred = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode='replicate'), 3, 1)
+    rgb = torch.lerp(rgb, blurred, (torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1) * strength)
+    sigma = (0.1 * strength * torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1)
+    speckle = _maybe(batch, device).view(-1, 1, 1, 1)  # noise that grows with the light, or the same everywhere
+    noise = torch.randn(batch, 1, height, width, device=device) * sigma  # on lightness: the same for R, G and B
+    rgb = rgb + noise * (1 - speckle + speckle * rgb)
+    # one small box, filled with the image's mean
+    top, left = torch.rand(2, batch, 1, 1, 1, device=device)
+    tall, wide = 0.05 + 0.15 * torch.rand(2, batch, 1, 1, 1, device=device)
+    y = torch.arange(height, device=device).view(1, 1, -1, 1) / height
+    x = torch.arange(width, device=device).view(1, 1, 1, -1) / width
+    erased = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide) & _maybe(batch, device).bool().view(-1, 1, 1, 1)
+    rgb = torch.where(erased, mean, rgb).clamp(0, 1)
+    return torch.cat([rgb, mask * _maybe(batch, device).view(-1, 1, 1, 1)], 1)
+
+
+def augment(crops, masks, flips, height, width, margin, strength=1.0):
+    """A training batch: random_transform, to_input, photometric. Shapes as there; strength 0 leaves only the flip."""
+    images = to_input(crops, masks, height, width, margin, random_transform(flips, height, width, strength))
+    return photometric(images, strength) if strength else images
+
+
+def _maybe(batch, device):
+    """0 or 1 for each image, evenly: (B,) float."""
+    return torch.randint(2, (batch,), device=device).float()

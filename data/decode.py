@@ -1,0 +1,182 @@
+"""The bytes of one file -> pixels, and the check of all files before training."""
+import dataclasses
+import io
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+MAX_PIXELS = 100_000_000                # a file that claims more is refused before it fills the memory
+FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')  # MPO, JPEGs in a row, counts as JPEG
+MASK_ROWS, MASK_COLUMNS = 192, 384      # size of the masks in masks.csv, which cover the whole photograph
+JPEG_END, PNG_END = b'\xff\xd9', b'IEND\xaeB`\x82'
+
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # MAX_PIXELS decides
+
+
+class BadImage(UserError):
+    """A file that is no whole, readable image; `reason` says why in a few words."""
+
+    def __init__(self, path, reason):
+        super().__init__(f'{path} cannot be used as an image ({reason}): replace the file or take its row out')
+        self.reason = reason
+
+
+def read_image(path):
+    """Pixels of an image file, upright: (H, W, 3) uint8 RGB. The content tells the format, not the name.
+
+    Transparency is dropped, 16 bits become 8. Raises BadImage (a UserError) for anything that is not whole.
+    """
+    try:
+        with open(path, 'rb') as file:
+            data = file.read()
+        header = _read_header(path, io.BytesIO(data))
+        _require_end(path, header.format, data)
+        if header.format in ('JPEG', 'MPO') and header.mode in ('L', 'RGB') or (
+                header.format == 'PNG' and 'exif' not in header.info):
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            if image is not None:
+                return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            raise BadImage(path, 'its pixels do not decode')
+        return _read_slowly(header)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise BadImage(path, _reason(error)) from error
+
+
+def _read_slowly(header):
+    """Pixels of an opened Pillow image, for CMYK, rotated PNG and the rarer formats."""
+    if header.mode == 'F':
+        raise ValueError('its pixels are floating-point numbers, of no known range')
+    image = ImageOps.exif_transpose(header)
+    if image.mode.startswith('I'):  # 16-bit grey, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    return np.array(image.convert('RGB'))
+
+
+def _read_header(path, file):
+    """The Pillow image of an open file, its pixels not yet decoded. Raises BadImage."""
+    try:
+        header = Image.open(file, formats=FORMATS)
+    except Exception as error:
+        empty = file.seek(0, os.SEEK_END) == 0
+        raise BadImage(path, 'the file is empty' if empty else _reason(error)) from error
+    if header.width * header.height > MAX_PIXELS:
+        raise BadImage(path, f'{header.width} x {header.height} pixels are more than {MAX_PIXELS}')
+    return header
+
+
+def _require_end(path, kind, data):
+    """Raise BadImage unless the bytes of a JPEG or PNG file hold its end marker: OpenCV fills what is cut off with grey."""
+    if kind in ('JPEG', 'MPO'):
+        position = 2
+        while data[position:position + 1] == b'\xff' and data[position + 1:position + 2] != b'\xda':
+            fill = data[position + 1:position + 2] == b'\xff'
+            position += 1 if fill else 2 + int.from_bytes(data[position + 2:position + 4], 'big')
+        # within the coded pixels 0xff is always followed by 0 or a restart; a thumbnail's end lies before them
+        whole = data.find(JPEG_END, position) >= 0
+    else:
+        whole = kind != 'PNG' or PNG_END in data
+    if not whole:
+        raise BadImage(path, 'the file is cut off')
+
+
+def _reason(error):
+    if isinstance(error, Image.UnidentifiedImageError):
+        return 'it is not an image'
+    if isinstance(error, Image.DecompressionBombError):
+        return f'more than {MAX_PIXELS} pixels'
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def decode_rle(rle, rows=MASK_ROWS, columns=MASK_COLUMNS):
+    """'start length start length ...' -> (rows, columns) uint8 0/1; starts count from 1, down the columns."""
+    try:
+        numbers = np.array(rle.split(), dtype=np.int64)
+        starts, lengths = numbers[0::2] - 1, numbers[1::2]
+        fits = len(starts) == len(lengths) and (starts >= 0).all() and (lengths > 0).all() and \
+            (starts + lengths <= rows * columns).all()
+    except (ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise UserError(f'the mask {rle[:40]!r} of masks.csv is not made of a start and a length for each run '
+                        f'within {rows} x {columns} pixels: mend or delete that row')
+    steps = np.zeros(rows * columns + 1, np.int64)
+    np.add.at(steps, starts, 1)
+    np.add.at(steps, starts + lengths, -1)
+    return (np.cumsum(steps[:-1]) > 0).astype(np.uint8).reshape(columns, rows).T
+
+
+def read_mask(mask_path, mask_rle, shape):
+    """Where the fluke is, at the photograph's size `shape` (H, W): uint8 0/1; zeros when both sources are None.
+
+    An image file counts as fluke where it is brighter than half, or above zero if it holds only 0 and 1.
+    """
+    if mask_path is not None:
+        mask = read_image(mask_path).max(axis=2)
+        mask = (mask > (127 if mask.max() > 1 else 0)).astype(np.uint8)
+    elif mask_rle is not None:
+        mask = np.ascontiguousarray(decode_rle(mask_rle))
+    else:
+        return np.zeros(shape, np.uint8)
+    if mask.shape == tuple(shape):
+        return mask
+    return cv2.resize(mask, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def find_bad_images(paths, workers=None):
+    """Files that are no whole images: dict path -> reason. Reads each file's head and tail only, in threads."""
+    def reason(path):
+        try:
+            _check(path)
+        except BadImage as error:
+            return error.reason
+
+    with ThreadPoolExecutor(workers or min(16, 4 * (os.cpu_count() or 1))) as pool:
+        reasons = list(tqdm(pool.map(reason, paths), 'checking images', len(paths), unit='img', disable=len(paths) <= 2000))
+    return {path: reason for path, reason in zip(paths, reasons) if reason}
+
+
+def _check(path):
+    """Raise BadImage for a file that is not whole, without decoding a JPEG's or PNG's pixels."""
+    try:
+        with open(path, 'rb') as file:
+            kind = _read_header(path, file).format
+            if kind not in ('JPEG', 'MPO', 'PNG'):
+                read_image(path)
+                return
+            end = PNG_END if kind == 'PNG' else JPEG_END
+            file.seek(0, os.SEEK_END)
+            file.seek(-min(len(end), file.tell()), os.SEEK_END)
+            if file.read() != end:  # cut off, or with something after the image: look closer
+                file.seek(0)
+                _require_end(path, kind, file.read())
+    except OSError as error:
+        raise BadImage(path, _reason(error)) from error
+
+
+def check_images(tables, skip_bad_images=False, workers=None):
+    """The tables without the training images, and the masks, that cannot be read; `notes` says which.
+
+    Test images all stay, since each must be answered: their new column `bad` marks those that cannot be read.
+    Raises a UserError that lists the bad files, unless `skip_bad_images`.
+    """
+    train, test = tables.train, tables.test
+    masks = [path for frame in (train, test) for path in frame['mask_path'].dropna()]
+    bad = find_bad_images([*train['path'], *test['path'], *masks], workers)
+    shown = ', '.join(f'{os.path.relpath(path, tables.data_dir)} ({reason})' for path, reason in list(bad.items())[:10])
+    shown = f'{len(bad)} image files cannot be read: {shown}{" ..." if len(bad) > 10 else ""}'
+    if bad and not skip_bad_images:
+        raise UserError(f'{shown}; replace them, or set skip_bad_images = True to go on without them')
+    train = train[~train['path'].isin(bad)].reset_index(drop=True)
+    test = test.assign(bad=test['path'].isin(bad))
+    for frame in (train, test):
+        frame.loc[frame['mask_path'].isin(bad), 'mask_path'] = None
+    return dataclasses.replace(tables, train=train, test=test, notes=tables.notes + [shown] * bool(bad))

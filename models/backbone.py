@@ -1,0 +1,229 @@
+"""A name -> a feature extractor with a 4-channel stem: which there are, their ImageNet weights, what `freeze` freezes."""
+import difflib
+import hashlib
+import inspect
+import math
+from pathlib import Path
+
+import timm
+import torch
+from pretrainedmodels.models import senet
+from timm.models import group_parameters
+from torch import nn
+
+from utils.errors import UserError
+
+# block, blocks in layer1..4, and what sets SENet154 apart from the SE-ResNets and SE-ResNeXts (arXiv:1709.01507).
+_SENET154 = dict(groups=64, inplanes=128, input_3x3=True, downsample_kernel_size=3, downsample_padding=1)
+_RESNET = dict(groups=1, inplanes=64, input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
+_RESNEXT = dict(_RESNET, groups=32)
+BACKBONES = {
+    'senet154': (senet.SEBottleneck, [3, 8, 36, 3], _SENET154),
+    'seresnext101': (senet.SEResNeXtBottleneck, [3, 4, 23, 3], _RESNEXT),
+    'seresnext50': (senet.SEResNeXtBottleneck, [3, 4, 6, 3], _RESNEXT),
+    'seresnet152': (senet.SEResNetBottleneck, [3, 8, 36, 3], _RESNET),
+    'seresnet101': (senet.SEResNetBottleneck, [3, 4, 23, 3], _RESNET),
+    'seresnet50': (senet.SEResNetBottleneck, [3, 4, 6, 3], _RESNET),
+    'seresnext26': (senet.SEResNeXtBottleneck, [2, 2, 2, 2], _RESNEXT),  # for a CPU; no ImageNet weights exist
+    'seresnext14': (senet.SEResNeXtBottleneck, [1, 1, 1, 1], _RESNEXT),  # likewise
+}
+ALIASES = {'se_resnext101_32x4d': 'seresnext101', 'se_resnext50_32x4d': 'seresnext50',
+           'se_resnet50': 'seresnet50', 'se_resnet101': 'seresnet101', 'se_resnet152': 'seresnet152'}
+
+# ImageNet weights with RGB input. The hex digits at a name's end are the start of the file's SHA-256, which is checked.
+# Two file names a backbone: timm's release, and pretrainedmodels' own (same keys), whose host is plain http: local only.
+_MIRRORS = ['https://github.com/huggingface/pytorch-image-models/releases/download/{folder}/{name}',
+            'https://github.com/rwightman/pytorch-image-models/releases/download/{folder}/{name}']
+WEIGHTS = {
+    'senet154': ('v0.1-weights', 'legacy_senet154-e9eb9fe6.pth', 'senet154-c7b49a05.pth'),
+    'seresnext101': ('v0.1-weights', 'legacy_se_resnext101_32x4d-37725eac.pth', 'se_resnext101_32x4d-3b2fe3d8.pth'),
+    'seresnext50': ('v0.1-weights', 'legacy_se_resnext50_32x4d-f3651bad.pth', 'se_resnext50_32x4d-a260b3a4.pth'),
+    'seresnet50': ('v0.1-cadene', 'se_resnet50-ce0d4300.pth', 'se_resnet50-ce0d4300.pth'),
+    'seresnet101': ('v0.1-cadene', 'se_resnet101-7e38fcc6.pth', 'se_resnet101-7e38fcc6.pth'),
+    'seresnet152': ('v0.1-cadene', 'se_resnet152-d17c99b7.pth', 'se_resnet152-d17c99b7.pth'),
+}
+FROZEN_LAYERS = ('layer0', 'layer1', 'layer2')  # what `freeze` holds still in a SENet (the competition's first place)
+
+
+def check_model_name(model_name):
+    """The canonical name, or a UserError that offers the nearest ones."""
+    name = ALIASES.get(model_name, model_name)
+    if name in BACKBONES:
+        return name
+    if name.startswith('timm/'):
+        if timm.is_model(name[5:].split('.')[0]):
+            return name
+        near = difflib.get_close_matches(name[5:], timm.list_models(), n=3, cutoff=0.5)
+        raise UserError(f"timm has no model '{name[5:]}'; the nearest names are: "
+                        f"{', '.join('timm/' + n for n in near) or 'none, see timm.list_models()'}")
+    near = difflib.get_close_matches(name, [*BACKBONES, *ALIASES], n=3, cutoff=0.4)
+    raise UserError(f"model_name = '{model_name}' is not known; " + (f"did you mean {' or '.join(near)}? " if near else '')
+                    + f"There are {', '.join(BACKBONES)} and timm/NAME.")
+
+
+def build_backbone(model_name, height=256, width=512):
+    """A module from (B, 4, height, width), RGB normalised and a 0/1 mask, to a feature map (B, C, h, w); `.channels` is C.
+
+    Weights are random: `load_imagenet` fills them. The stem's fourth input filter is zero, so that at first no mask
+    changes the output of the three-channel network.
+    """
+    name = check_model_name(model_name)
+    model = TimmBackbone(name[5:], height, width) if name.startswith('timm/') else SENetBackbone(name)
+    widen_stem(model)
+    return model
+
+
+class SENetBackbone(nn.Module):
+    """layer0..layer4 of pretrainedmodels' SENet, strides 4, 4, 8, 16, 32."""
+
+    def __init__(self, name):
+        super().__init__()
+        block, layers, options = BACKBONES[name]
+        network = senet.SENet(block, layers, reduction=16, dropout_p=None, num_classes=1, **options)
+        for layer in ('layer0', 'layer1', 'layer2', 'layer3', 'layer4'):
+            setattr(self, layer, getattr(network, layer))
+        self.channels = 512 * block.expansion
+
+    def forward(self, x):
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.layer0(x)))))
+
+
+class TimmBackbone(nn.Module):
+    """Any timm network; tokens and channels-last maps are brought into (B, C, h, w)."""
+
+    def __init__(self, name, height, width):
+        super().__init__()
+        # Transformers must be told the input's size; other networks do not take the argument.
+        takes_size = 'img_size' in inspect.signature(timm.models.model_entrypoint(name.split('.')[0])).parameters
+        options = dict(num_classes=0, global_pool='', exportable=False)
+        try:
+            self.network = timm.create_model(name, img_size=(height, width), **options)
+        except TypeError:
+            if takes_size:
+                raise
+            self.network = timm.create_model(name, **options)
+        self.channels = self.network.num_features
+
+    def forward(self, x):
+        features = self.network.forward_features(x)
+        if features.dim() == 3:  # (B, tokens, C)
+            features = features[:, self.network.num_prefix_tokens:]
+            h, w = self.network.patch_embed.dynamic_feat_size(x.shape[-2:]) \
+                if hasattr(self.network.patch_embed, 'dynamic_feat_size') else self.network.patch_embed.grid_size
+            return features.transpose(1, 2).unflatten(2, (h, w))
+        if features.shape[1] != self.channels:  # (B, h, w, C)
+            features = features.permute(0, 3, 1, 2)
+        return features
+
+
+def widen_stem(model):
+    """Give the first convolution a fourth input channel whose filter is zero."""
+    parent, name, stem = next(
+        (parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+        if isinstance(child, nn.Conv2d) and child.in_channels == 3)
+    wide = nn.Conv2d(4, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.weight[:, :3] = stem.weight
+        if stem.bias is not None:
+            wide.bias.copy_(stem.bias)
+    setattr(parent, name, wide)
+
+
+def load_imagenet(backbone, model_name, weights_dir='weights'):
+    """Fill `backbone` with ImageNet weights from a file in `weights_dir`, else from the first mirror that answers.
+
+    Raises UserError when no source has them, when a file does not hash to its name, and when a layer stays unfilled.
+    """
+    name = check_model_name(model_name)
+    if name.startswith('timm/'):
+        try:
+            source = timm.create_model(name[5:], pretrained=True, num_classes=0, global_pool='')
+        except Exception as error:  # the hub's client raises many kinds; the cause stands in the sentence
+            raise UserError(f'the weights of {name} could not be fetched ({error}); '
+                            'set pretrained = False to train from random weights') from error
+        state = {f'network.{key}': value for key, value in source.state_dict().items()}
+    else:
+        state = torch.load(_weights_file(name, Path(weights_dir)), map_location='cpu', weights_only=True)
+    fill(backbone, state, name)
+
+
+def fill(backbone, state, name):
+    """Load a three-channel ImageNet state dict (its classifier is ignored) into the four-channel backbone, strictly."""
+    own = backbone.state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith(('last_linear.', 'fc.'))}
+    for key, value in state.items():
+        if key in own and own[key].dim() == 4 and own[key].shape[1] == 4 and value.shape[1] == 3:
+            state[key] = torch.cat([value, torch.zeros_like(value[:, :1])], 1)  # (out, 4, k, k)
+    optional = {key for key in own if key.endswith('num_batches_tracked')}  # files older than torch 0.4.1 lack them
+    missing = sorted(set(own) - set(state) - optional)
+    unknown = sorted(set(state) - set(own))
+    wrong = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
+    for what, keys in (('no weights for', missing), ('weights of another shape for', wrong), ('unknown layers', unknown)):
+        if keys:
+            raise UserError(f'the weight file does not fit {name}: {what} {", ".join(keys[:3])}'
+                            + (f' and {len(keys) - 3} more' if len(keys) > 3 else ''))
+    backbone.load_state_dict({**{key: own[key] for key in optional}, **state})
+
+
+def _weights_file(name, weights_dir):
+    if name not in WEIGHTS:
+        raise UserError(f'{name} has no ImageNet weights; set pretrained = False to train it from random weights')
+    folder, *files = WEIGHTS[name]
+    for file in files:
+        if (weights_dir / file).exists():
+            _check_hash(weights_dir / file)
+            return weights_dir / file
+    causes = []
+    for mirror in _MIRRORS:
+        url = mirror.format(folder=folder, name=files[0])
+        try:  # writes to a temporary file, compares the hash, then renames
+            weights_dir.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(weights_dir / files[0]), hash_prefix=_hash_of(files[0]))
+            return weights_dir / files[0]
+        except (OSError, RuntimeError) as error:
+            causes.append(f'{url}: {error}')
+    raise UserError(f'no mirror gave the ImageNet weights of {name} ({"; ".join(causes)}): download {files[0]} by hand '
+                    f'into {weights_dir}/, or set pretrained = False to train from random weights')
+
+
+def _hash_of(file_name):
+    return Path(file_name).stem.rsplit('-', 1)[1]
+
+
+def _check_hash(path):
+    with open(path, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') \
+            else hashlib.sha256(file.read()).hexdigest()  # Python 3.10
+    if not digest.startswith(_hash_of(path)):
+        raise UserError(f'{path} is damaged: its SHA-256 begins with {digest[:8]}, its name says {_hash_of(path)}; '
+                        'delete it and run again')
+
+
+def freeze_early(backbone):
+    """Stop the early layers: no gradient, and batch norm statistics that stand still (see `train_mode`).
+
+    SENets: layer0, layer1, layer2. timm networks: the first half of the groups that timm itself counts (stem, stages).
+    Raises UserError when a layer to freeze is not there.
+    """
+    if isinstance(backbone, TimmBackbone):
+        network = backbone.network
+        groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # name -> group
+        early = sorted(set(groups.values()))[:math.ceil(len(set(groups.values())) / 2)]
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(groups[name] not in early)
+        return
+    layers = dict(backbone.named_children())
+    for layer in FROZEN_LAYERS:
+        if layer not in layers:
+            raise UserError(f'freeze: this backbone has no {layer}; it has {", ".join(layers)}')
+        layers[layer].requires_grad_(False)
+
+
+def train_mode(module):
+    """`module.train()`, but a layer whose parameters are all frozen stays in eval mode: its statistics stand still."""
+    module.train()
+    for layer in module.modules():
+        parameters = list(layer.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            layer.eval()

@@ -1,0 +1,107 @@
+"""The joint loss: OHEM sigmoid over all classifiers, and batch-hard triplets on the global and the local embedding.
+
+Labels are classes 0..2N-1; 2N is new_whale. `group` (2N + 1,) int64 numbers the animals: classes with one number are
+one animal under several ids, and never each other's negatives. new_whale's own number is never used.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def sigmoid_ohem_loss(logits, labels, group, hardest=30):
+    """Every class is its own yes/no question; only the `hardest` questions of each row teach.
+
+    logits (B, 2N), labels (B,). With z = (1 - 2y) * logit: the mean softplus(z) over the min(hardest, 2N) largest z of
+    each row, plus the mean softplus(-logit) of the true unit over the rows that have one. Softplus of the logit is the
+    cross-entropy of its sigmoid, exact however wrong the logit is.
+    """
+    classes = logits.shape[1]
+    named = labels < classes  # (B,)
+    true = labels.clamp(max=classes - 1)[:, None]  # (B, 1); any unit where there is none, masked below
+    own = F.one_hot(labels, classes + 1)[:, :classes].bool()  # (B, 2N)
+    twin = (group[labels][:, None] == group[None, :classes]) & ~own & named[:, None]  # (B, 2N) same animal, other id
+    z = torch.where(own, -logits, logits).masked_fill(twin, -torch.inf)  # (B, 2N)
+    hard = F.softplus(z.topk(min(hardest, classes), dim=1).values).mean()
+    positive = F.softplus(-logits.gather(1, true)[:, 0])  # (B,)
+    return hard + (positive * named).sum() / named.sum().clamp(min=1)
+
+
+def pair_masks(labels, group, classes):
+    """Who may be whose positive and negative: two (B, B) bool masks, the anchor itself in neither.
+
+    Anchors are rows with an id. A new_whale image is a class of its own: a negative to every id, never a positive.
+    """
+    named = labels < classes  # (B,)
+    same_class = labels[:, None] == labels[None, :]
+    same_animal = group[labels][:, None] == group[labels][None, :]
+    both_named = named[:, None] & named[None, :]
+    positive = same_class & both_named & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    negative = named[:, None] & ~(same_animal & both_named) & ~(same_class & both_named)
+    return positive, negative
+
+
+def hardest_pairs(distance, positive, negative):
+    """Column numbers of each row's farthest positive and nearest negative, and which rows have both: three (B,)."""
+    farthest = distance.masked_fill(~positive, -torch.inf).argmax(1)
+    nearest = distance.masked_fill(~negative, torch.inf).argmin(1)
+    return farthest, nearest, positive.any(1) & negative.any(1)
+
+
+def hinge(to_positive, to_negative, valid, margin):
+    """Mean of max(0, margin + d(a, p) - d(a, n)) over the valid rows, and the share of those rows that are above zero."""
+    loss = F.relu(margin + to_positive - to_negative) * valid  # (B,)
+    count = valid.sum().clamp(min=1)
+    return loss.sum() / count, ((loss > 0).sum() / count).detach()
+
+
+def euclidean(a, b):
+    """Distance of row i of `a` to row i of `b`; the small term keeps the gradient finite where they coincide."""
+    return ((a - b).square().sum(-1) + 1e-12).sqrt()
+
+
+def batch_hard_triplet_loss(embedding, labels, group, classes, margin=0.3):
+    """Batch-hard triplet loss (arXiv:1703.07737) on L2-normalised (B, C); returns loss and share of active triplets.
+
+    Mining needs no gradient, so only the mined pairs are differentiated. No valid triplet: zero, with a graph.
+    """
+    positive, negative = pair_masks(labels, group, classes)
+    with torch.no_grad():
+        distance = 2 - 2 * embedding @ embedding.T  # (B, B) squared Euclidean, of the same order
+        p, n, valid = hardest_pairs(distance, positive, negative)
+    return hinge(euclidean(embedding, embedding[p]), euclidean(embedding, embedding[n]), valid, margin)
+
+
+def aligned_distance(a, b):
+    """Length of the shortest path from (0, 0) to (S-1, S-1), down or right, over tanh(d / 2) between strips.
+
+    a (..., S, C) and b (..., S, C) -> (...). AlignedReID, arXiv:1711.08184. (e^d - 1) / (e^d + 1) is tanh(d / 2).
+    """
+    strips = a.shape[-2]
+    squared = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
+    step = torch.tanh((squared.clamp(min=0) + 1e-12).sqrt() / 2)  # (..., S, S)
+    path = {}
+    for i in range(strips):
+        for j in range(strips):
+            before = [path[cell] for cell in ((i - 1, j), (i, j - 1)) if cell in path]
+            least = torch.minimum(*before) if len(before) == 2 else (before[0] if before else 0)
+            path[i, j] = step[..., i, j] + least
+    return path[strips - 1, strips - 1]
+
+
+def local_triplet_loss(strips, labels, group, classes, margin=0.3):
+    """Batch-hard triplet loss by the aligned distance of (B, S, 512) strips, mined by that distance itself."""
+    positive, negative = pair_masks(labels, group, classes)
+    with torch.no_grad():
+        distance = aligned_distance(strips[:, None], strips[None, :])  # (B, B)
+        p, n, valid = hardest_pairs(distance, positive, negative)
+    return hinge(aligned_distance(strips, strips[p]), aligned_distance(strips, strips[n]), valid, margin)
+
+
+def joint_loss(outputs, labels, group, w_sigmoid, w_triplet, w_local, margin=0.3, hardest=30):
+    """Weighted sum of the three losses; returns it, and its detached parts: sigmoid, triplet, local, active share."""
+    embedding, logits, strips = outputs
+    classes = logits.shape[1]
+    sigmoid = sigmoid_ohem_loss(logits, labels, group, hardest)
+    triplet, active = batch_hard_triplet_loss(embedding, labels, group, classes, margin)
+    local = local_triplet_loss(strips, labels, group, classes, margin)[0] if w_local else torch.zeros_like(triplet)
+    total = w_sigmoid * sigmoid + w_triplet * triplet + w_local * local
+    return total, torch.stack([sigmoid.detach(), triplet.detach(), local.detach(), active])

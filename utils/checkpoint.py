@@ -1,0 +1,72 @@
+"""One file a checkpoint, written whole; which ones a run keeps; where a training starts or goes on."""
+import shutil
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+from utils.files import write_whole
+
+KEEP = 3  # the best evaluations of a step also stay under their iteration
+
+
+def save(path, state):
+    """Write a checkpoint whole or not at all. `state` holds tensors and plain Python values only."""
+    write_whole(path, lambda temporary: torch.save(state, temporary))
+
+
+def load(path, device='cpu'):
+    """Read a checkpoint; only tensors and plain values are accepted, no code. Raises UserError when it is not there."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f'there is no checkpoint {path}; train first, or name another with checkPoint_start') from error
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint; all mean the same here
+        raise UserError(f'{path} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); '
+                        'delete it or name another with checkPoint_start') from error
+
+
+def find(folder, start, before_step=None):
+    """The file that a `checkPoint_start` names: 'best', 'last', an iteration, or a path.
+
+    Inside a training, 'best' is the best of the step before `before_step`; for test.py, of the latest step.
+    """
+    folder = Path(folder)
+    if start == 'best' and before_step is not None:
+        earlier = [folder / f'step{step}_best.pth' for step in range(before_step - 1, 0, -1)]
+        path = next((file for file in earlier if file.exists()), folder / 'best.pth')
+    elif start in ('best', 'last'):
+        path = folder / f'{start}.pth'
+    elif isinstance(start, int):
+        found = sorted(folder.glob(f'step*_{start:06d}.pth'))
+        kept = ', '.join(sorted(file.stem for file in folder.glob('step*_[0-9]*.pth'))) or 'none'
+        if not found:
+            raise UserError(f'{folder} keeps no checkpoint of iteration {start} (there are: {kept}); '
+                            "name one of them, 'best' or 'last'")
+        path = found[-1]
+    else:
+        path = Path(start)
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path} (checkPoint_start = {start!r}); "
+                        'train the step before first, or name another')
+    return path
+
+
+def keep_best(folder, step, iteration, map5, kept, state):
+    """Save `state` as the step's best if it is, and under its iteration if it is one of the KEEP best.
+
+    `kept` is the list of (MAP@5, iteration) under their own names; returns the new list. Equal scores: the later wins.
+    """
+    folder = Path(folder)
+    ranked = sorted([*map(tuple, kept), (map5, iteration)], reverse=True)[:KEEP]
+    if (map5, iteration) not in ranked:
+        return ranked
+    own = folder / f'step{step}_{iteration:06d}.pth'
+    save(own, state)
+    if ranked[0] == (map5, iteration):
+        for name in (f'step{step}_best.pth', 'best.pth'):
+            write_whole(folder / name, lambda temporary: shutil.copyfile(own, temporary))
+    for _, old in kept:
+        if old not in [number for _, number in ranked]:
+            (folder / f'step{step}_{old:06d}.pth').unlink(missing_ok=True)
+    return ranked

@@ -1,0 +1,22 @@
+"""How long a training has run, over all its interruptions, and when its time is up."""
+import time
+
+STARTED = time.monotonic()  # import this module first: the slow imports count too
+
+
+class Clock:
+    """`before`: seconds that earlier, interrupted runs of this training took. `limit`: seconds; 0 is none."""
+
+    def __init__(self, before, limit):
+        self.before, self.limit, self.reserve = before, limit, 2.0
+
+    def elapsed(self):
+        return self.before + time.monotonic() - STARTED
+
+    def over(self):
+        """Whether the time is up, with enough of it left to evaluate and save."""
+        return bool(self.limit) and self.elapsed() + self.reserve >= self.limit
+
+    def measure(self, began):
+        """Remember how long an evaluation took that began at `began` seconds; the last one must fit before the limit."""
+        self.reserve = max(self.reserve, 1.3 * (self.elapsed() - began) + 1)

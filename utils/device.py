@@ -1,0 +1,35 @@
+"""Which device, how many threads, which precision."""
+import os
+
+import torch
+
+from utils.errors import UserError
+
+
+def choose_device(device, threads=0):
+    """'auto', 'cuda', 'cuda:1' or 'cpu' -> a device name that is there; sets the number of CPU threads (0: all cores)."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device = '{device}' is no device; write 'auto', 'cuda', 'cuda:1' or 'cpu'") from error
+    if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device = '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    if kind.type == 'cpu':
+        torch.use_deterministic_algorithms(True)  # the same bits each time costs nothing here
+    return device
+
+
+def amp_dtype(precision, device):
+    """The dtype of autocast, None for float32. 'auto' is bf16 where the hardware multiplies in it."""
+    if precision == 'fp32':
+        return None
+    if precision == 'auto':
+        if 'cuda' in device:
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()
+        return torch.bfloat16 if native else None
+    return torch.bfloat16

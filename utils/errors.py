@@ -1,0 +1,19 @@
+"""What a user did wrong, said in one sentence."""
+import functools
+import sys
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that says what is wrong and what to do."""
+
+
+def exit_clearly(main):
+    """Run a script's `main` so that a UserError ends it with that sentence and exit code 2, without a traceback."""
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
+    return run
