@@ -38,8 +38,8 @@ def read_image(path):
             data = file.read()
         header = _read_header(path, io.BytesIO(data))
         _require_end(path, header.format, data)
-        if header.format in ('JPEG', 'MPO') and header.mode in ('L', 'RGB') or (
-                header.format == 'PNG' and 'exif' not in header.info):
+        # OpenCV, the faster one, turns rotated JPEGs upright, and rotated PNGs in its newest versions only
+        if header.format in ('JPEG', 'MPO') or header.format == 'PNG' and 'exif' not in header.info:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
             if image is not None:
                 return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -52,7 +52,7 @@ def read_image(path):
 
 
 def _read_slowly(header):
-    """Pixels of an opened Pillow image, for CMYK, rotated PNG and the rarer formats."""
+    """Pixels of an opened Pillow image."""
     if header.mode == 'F':
         raise ValueError('its pixels are floating-point numbers, of no known range')
     image = ImageOps.exif_transpose(header)
@@ -74,7 +74,7 @@ def _read_header(path, file):
 
 
 def _require_end(path, kind, data):
-    """Raise BadImage unless the bytes of a JPEG or PNG file hold its end marker: OpenCV fills what is cut off with grey."""
+    """Raise BadImage unless a JPEG or PNG holds its end marker; older OpenCV fills what is cut off with grey."""
     if kind in ('JPEG', 'MPO'):
         position = 2
         while data[position:position + 1] == b'\xff' and data[position + 1:position + 2] != b'\xda':
@@ -140,7 +140,8 @@ def find_bad_images(paths, workers=None):
             return error.reason
 
     with ThreadPoolExecutor(workers or min(16, 4 * (os.cpu_count() or 1))) as pool:
-        reasons = list(tqdm(pool.map(reason, paths), 'checking images', len(paths), unit='img', disable=len(paths) <= 2000))
+        reasons = pool.map(reason, paths)
+        reasons = list(tqdm(reasons, 'checking images', len(paths), unit='img', disable=len(paths) <= 2000))
     return {path: reason for path, reason in zip(paths, reasons) if reason}
 
 

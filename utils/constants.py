@@ -4,7 +4,6 @@ import ast
 import difflib
 import io
 import math
-import re
 import tokenize
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -12,7 +11,7 @@ from types import NoneType, SimpleNamespace
 from utils.errors import UserError
 from utils.files import write_whole
 
-RULER = re.compile(r'# -{20,}\s*$')
+RULER = '# ' + '-' * 20  # or longer
 # A text from the command line is tried as each of its constant's types in this order.
 KINDS = {bool: 'true or false', NoneType: 'none', int: 'a whole number', float: 'a number',
          tuple: 'a tuple such as (1, 2)', list: 'a list such as [1, 2]', str: 'a text'}
@@ -21,13 +20,13 @@ KINDS = {bool: 'true or false', NoneType: 'none', int: 'a whole number', float: 
 def read_constants(script_path, argv, rules=None):
     """The constants of the script at `script_path`, those named in `argv` replaced, as a SimpleNamespace.
 
-    The script is read, never run: its constants are the plain assignments above the first ruler, `# ------...`.
+    The script is read, never run: its constants are the plain assignments above the first ruler, `# ----...`.
     `argv` holds `--name value` or `--name=value`; `--help` prints every constant with its comment and exits.
 
     `rules` maps a name to (types, is_valid or None, wanted or None), as in
-    `'lr': (float, lambda v: 0 < v < 1, 'a learning rate between 0 and 1')`. `types` is a type or a tuple; with
-    (int, str) a text is a whole number if it looks like one. Rules and script must name the same constants.
-    Without rules a constant keeps the script's type. Raises UserError for the first mistake found.
+    `'lr': (float, lambda v: 0 < v < 1, 'a learning rate between 0 and 1')`. `types` is one type or a tuple:
+    with (int, str) a text is a whole number if it looks like one. Script and rules must name the same things;
+    without rules a constant keeps the script's type. Raises UserError for the first mistake found.
     """
     script = Path(script_path).name
     doc, constants = _parse(script_path)
@@ -48,10 +47,11 @@ def read_constants(script_path, argv, rules=None):
         found = given.get(name, constant.value)
         try:
             values[name] = _from_text(found, types) if name in given else _as_type(found, types)
-        except ValueError:
-            raise UserError(f'{where}: {name} is {found!r}, but must be {wanted}') from None
-        if is_valid and not is_valid(values[name]):
-            raise UserError(f'{where}: {name} is {values[name]!r}, but must be {wanted}')
+            valid = is_valid is None or is_valid(values[name])
+        except (ValueError, TypeError):  # also a rule that meets a row it cannot unpack or measure
+            valid = False
+        if not valid:
+            raise UserError(f'{where}: {name} is {found!r}, but must be {wanted}')
     return SimpleNamespace(**values)
 
 
@@ -64,13 +64,12 @@ def write_constants(constants, path):
 def _parse(script_path):
     """The script's docstring; by name the value, line and comment of each assignment above the ruler."""
     script = Path(script_path).name
-    with tokenize.open(script_path) as file:
-        source = file.read()
+    source = Path(script_path).read_text(encoding='utf-8')
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comment_at = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
-    ruler = next((row for row, token in comment_at.items() if RULER.match(token.line)), None)
+    ruler = next((row for row, token in comment_at.items() if token.line.startswith(RULER)), None)
     if ruler is None:
-        raise UserError(f'{script}: the line "# {"-" * 20}" below the constants is missing; put it back')
+        raise UserError(f'{script}: the line "{RULER}" below the constants is missing; put it back')
     module = ast.parse(source)
     constants = {}
     for node in (node for node in module.body if node.lineno < ruler):
@@ -83,7 +82,7 @@ def _parse(script_path):
             raise UserError(f'{script}, line {node.lineno}: above the ruler, write only `name = value`, '
                             'without formulas') from None
         last = node.end_lineno
-        while last + 1 in comment_at and re.match(r'\s+#', comment_at[last + 1].line):
+        while last + 1 in comment_at and comment_at[last + 1].line.startswith(' '):
             last += 1  # an indented comment line carries on the comment above it
         rows = [row for row in range(node.lineno, last + 1) if row in comment_at]
         comment = ' '.join(comment_at[row].string.lstrip('# ') for row in rows)
@@ -115,7 +114,7 @@ def _read_command_line(argv, doc, constants):
 def _nearest(name, names):
     folded = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower().replace('-', '_'), folded, n=1)
-    return f'did you mean {folded[near[0]]!r}?' if near else 'try --help for the names'
+    return f'did you mean {folded[near[0]]!r}?' if near else 'see --help for the names'
 
 
 def _from_text(text, types):

@@ -1,2 +1,234 @@
-def plot_curves(a, b): pass
-def plot_matches(*a, **k): pass
+"""Every plot. `python -m utils.figures --readme` draws the two pictures of the method into figs/."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+
+from utils.errors import UserError, exit_clearly
+from utils.files import write_whole
+
+# Paul Tol's vibrant scheme, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN, RED, PINK = '#0077BB', '#EE7733', '#009988', '#CC3311', '#EE3377'
+DARK, GREY = '#222222', '#777777'
+
+
+def plot_curves(evaluations, path):
+    """The course of a training: `evaluations` is evaluations.csv or its frame, one row an evaluation.
+
+    Each step counts its iterations from zero; here they follow one another, with a line at each border.
+    """
+    table = evaluations if isinstance(evaluations, pd.DataFrame) else pd.read_csv(evaluations)
+    before = table['iteration'].shift()
+    restarts = table['iteration'] <= before
+    x = table['iteration'] + before.where(restarts, 0).cumsum().fillna(0)
+    figure = Figure(figsize=(12, 6.4), layout='constrained')
+    panels = figure.subplot_mosaic('LLLMMM;rrttaa')
+
+    def draw(axes, title, **lines):
+        """`lines`: column = (label, colour, line style); columns that the table lacks are left out."""
+        for column, (label, colour, style) in lines.items():
+            if column in table and table[column].notna().any():
+                axes.plot(x, table[column], style, color=colour, label=label, lw=1.6, ms=3.5,
+                          marker='o' if len(table) < 30 else None)
+        for border in x.shift()[restarts]:
+            axes.axvline(border, color=GREY, lw=0.8, ls=':')
+        axes.set_title(title, loc='left', fontsize=10.5, color=DARK)
+        axes.set_xlabel('iteration', fontsize=9)
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.tick_params(labelsize=8.5)
+        if len(lines) > 1:
+            axes.legend(edgecolor='none', fontsize=9)
+        return axes
+
+    draw(panels['L'], 'training loss and its parts', loss=('joint loss', DARK, '-'), sigmoid=('sigmoid', BLUE, '-'),
+         triplet=('triplet', ORANGE, '-'), local=('local triplet', GREEN, '-')).set_ylim(bottom=0)
+    draw(panels['M'], 'MAP@5, top-1, top-5', valid_map5=('validation MAP@5', BLUE, '-'),
+         valid_top1=('validation top-1', BLUE, '--'), valid_top5=('validation top-5', BLUE, ':'),
+         train_map5=('training MAP@5', ORANGE, '-'), train_top1=('training top-1', ORANGE, '--')).set_ylim(0, 1.02)
+    rates = draw(panels['r'], 'learning rate', lr=('', DARK, '-'))
+    rates.set_yscale('log')
+    rates.set_yticks(table['lr'].agg(['min', 'max']), table['lr'].agg(['min', 'max']).map('{:g}'.format))
+    rates.minorticks_off()
+    draw(panels['t'], 'threshold of new_whale', threshold=('', PINK, '-'))
+    draw(panels['a'], 'share of triplets that still teach', active=('', GREEN, '-')).set_ylim(0, 1.02)
+    _save(figure, path, 110)
+
+
+def plot_matches(path, queries, query_titles, matches, match_titles, right=None):
+    """Queries, each beside its nearest gallery images, best first.
+
+    `queries` (Q) and `matches` (Q, up to 5) hold crops (H, W, 3) uint8, `query_titles` and `match_titles` what to
+    write above each. `right` (Q, up to 5) bool, when known, frames right matches green and wrong ones red.
+    """
+    figure, axes = _grid(len(queries), 1 + max(len(row) for row in matches), queries[0])
+    for i, query in enumerate(queries):
+        _show(axes[i, 0], query, query_titles[i], DARK).title.set_weight('bold')
+        for j, match in enumerate(matches[i]):
+            mark, colour, line = ('', GREY, 0.8) if right is None else ('✓ ', GREEN, 3) if right[i][j] else ('✗ ', RED, 3)
+            _show(axes[i, j + 1], match, mark + match_titles[i][j], colour, line)
+    _save(figure, path, 100)
+
+
+def plot_sheet(path, crops, titles, columns=6):
+    """A contact sheet of crops (H, W, 3) uint8."""
+    figure, axes = _grid(-(-len(crops) // columns), columns, crops[0])
+    for panel, crop, title in zip(axes.flat, crops, titles):
+        _show(panel, crop, title, DARK)
+    _save(figure, path, 100)
+
+
+def draw_model(path):
+    """The network and its losses, for the README."""
+    axes = _canvas(148, 59)
+    _photo(axes, 2, 32, 19, 9.5)
+    _photo(axes, 2, 16, 19, 9.5, sea='black', skin='white')
+    _text(axes, 11.5, 43.6, 'photograph cut to the fluke\nRGB, 256 x 512 x 3')
+    _text(axes, 11.5, 13.4, 'mask, 256 x 512 x 1\n(zeros where unknown)')
+    axes.add_patch(Polygon([(27, 40), (41, 35), (41, 22), (27, 17)], facecolor='#DCE9F3', edgecolor=BLUE, lw=1.5))
+    _text(axes, 34, 28.5, 'backbone\nSENet154,\nSE-ResNeXt, or\nany of timm')
+    for shift in (1.6, 0.8, 0):
+        axes.add_patch(Rectangle((45 + shift, 25 + shift), 6, 6, facecolor='white', edgecolor=BLUE, lw=1))
+    _text(axes, 46, 22.4, 'features\nC x h x w', colour=GREY)
+
+    for x, width, text in ((62, 10, 'average\npooling'), (74, 10, 'batch norm\nneck'),
+                           (86, 10, 'L2: vector\nof length 1'), (98, 10, 'x 16, linear:\n2N logits')):
+        _box(axes, x, 40, width, text, BLUE)
+    for x, text in ((62, '1 x 1 conv\nto 512, BN'), (74, 'average of\neach strip'), (86, 'L2 of\neach strip')):
+        _box(axes, x, 5.5, 10, text, GREEN)
+    for y, text in ((40, 'sigmoid loss: 2N binary\nclassifiers, the 30 hardest'),
+                    (27, 'triplet loss: hardest pair\nby Euclidean distance'),
+                    (5.5, 'aligned triplet loss: shortest\npath between the strips')):
+        _box(axes, 117.5, y, 19, text, RED)
+    _box(axes, 141.5, 27, 10, 'weighted\njoint loss', DARK)
+
+    for y in (36.5, 21):
+        _arrow(axes, (21.3, y), (26.6, 28.5 + (y - 28.5) / 4))
+    _arrow(axes, (41.2, 28.5), (44.7, 28.5))
+    _arrow(axes, (50, 32.8), (56.6, 40), 'angle,angleA=90,angleB=180,rad=4')
+    _arrow(axes, (50, 24.8), (56.6, 5.5), 'angle,angleA=-90,angleB=180,rad=4')
+    for y, ends in ((40, (68.6, 80.6, 92.6, 107.6)), (5.5, (68.6, 80.6, 107.6))):
+        for start, end in zip((67.4, 79.4, 91.4, 103.4), ends):
+            _arrow(axes, (start, y), (end, y))
+    _arrow(axes, (86, 36.9), (107.6, 27), 'angle,angleA=-90,angleB=180,rad=4')
+    _text(axes, 97, 24.4, 'also what is compared\nwith the gallery', colour=GREY)
+    _arrow(axes, (127.4, 40), (141.5, 30.2), 'angle,angleA=0,angleB=-90,rad=4')
+    _arrow(axes, (127.4, 27), (136.1, 27))
+    _arrow(axes, (127.4, 5.5), (141.5, 23.8), 'angle,angleA=0,angleB=90,rad=4')
+    for y, weight in ((41.4, 'w_sigmoid'), (28.4, 'w_triplet'), (6.9, 'w_local')):
+        _text(axes, 131.8, y, weight, colour=RED)
+
+    for row, (label, cell, name) in enumerate((('whale k', 3, 'class k'), ('its mirror image', 11, 'class k + N'),
+                                               ('new_whale', None, 'all zeros'))):
+        y = 56.5 - 3.4 * row
+        _photo(axes, 69, y - 1.3, 5.2, 2.6, mirror=row == 1, skin=GREY if cell is None else DARK)
+        _text(axes, 75.5, y, label, align='left')
+        for k in range(16):
+            axes.add_patch(Rectangle((89.5 + 2.4 * k + (k > 7), y - 1.2), 2.4, 2.4, lw=0.8, edgecolor=GREY,
+                                     facecolor=RED if k == cell else 'white'))
+        _text(axes, 130.5, y, name, align='left')
+    _text(axes, 99, 46.9, '0 ... N-1: the ids', colour=GREY)
+    _text(axes, 119.2, 46.9, 'N ... 2N-1: the flipped ids', colour=GREY)
+    _text(axes, 59, 53, 'targets of the\n2N classifiers', weight='bold')
+    _arrow(axes, (109.2, 48), (109.2, 43.1))
+    _save(axes.figure, path, 100)
+
+
+def draw_map5(path):
+    """What MAP@5 counts, for the README: four images, their five guesses and what each earns."""
+    axes = _canvas(100, 43)
+    rows = (('w_a', 'w_a w_d new_whale w_b w_c', 0, '1'), ('w_b', 'w_c w_b new_whale w_a w_e', 1, '1/2'),
+            ('new_whale', 'w_e w_d w_a new_whale w_b', 3, '1/4'), ('w_c', 'w_a w_e w_b w_d new_whale', None, '0'))
+    _text(axes, 15, 39.5, 'image and its true label', weight='bold')
+    _text(axes, 93, 39.5, 'earns', weight='bold')
+    for j, share in enumerate(('1', '1/2', '1/3', '1/4', '1/5')):
+        _text(axes, 37 + 12 * j, 41, ('1st', '2nd', '3rd', '4th', '5th')[j] + ' guess', colour=GREY)
+        _text(axes, 37 + 12 * j, 38.3, share, size=12, weight='bold', colour=BLUE)
+    for i, (truth, guesses, hit, earned) in enumerate(rows):
+        y = 30.5 - 7.5 * i
+        _photo(axes, 3, y, 11, 5.5, mirror=i % 2 == 1)
+        _text(axes, 21.5, y + 2.75, truth, size=10, weight='bold')
+        for j, guess in enumerate(guesses.split()):
+            _box(axes, 37 + 12 * j, y + 2.75, 8.6, guess, *((GREEN, '#D9F0E8') if j == hit else (GREY,)))
+        _text(axes, 93, y + 2.75, earned, size=12, weight='bold', colour=GREEN if hit is not None else RED)
+    axes.plot([3, 97], [6, 6], color=GREY, lw=0.8)
+    _text(axes, 50, 3, 'MAP@5 = the mean = (1 + 1/2 + 1/4 + 0) / 4 = 0.4375', size=12, weight='bold')
+    _save(axes.figure, path, 110)
+
+
+def _grid(rows, columns, crop):
+    """A figure of empty panels shaped like `crop`, with room for two lines above each."""
+    width = 2.2
+    height = width * crop.shape[0] / crop.shape[1] + 0.45
+    figure = Figure(figsize=(width * columns, height * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.axis('off')
+    return figure, axes
+
+
+def _show(axes, crop, title, colour, line=0.8):
+    axes.axis('on')
+    axes.imshow(crop, interpolation='antialiased')
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color=colour, linewidth=line)
+    axes.set_title(title, fontsize=9, color=colour, pad=4)
+    return axes
+
+
+def _canvas(width, height):
+    """Empty axes of width x height units, ten of them an inch."""
+    figure = Figure(figsize=(width / 10, height / 10))
+    axes = figure.add_axes([0, 0, 1, 1], xlim=(0, width), ylim=(0, height))
+    axes.axis('off')
+    return axes
+
+
+def _text(axes, x, y, text, size=9, colour=DARK, weight='normal', align='center'):
+    axes.text(x, y, text, fontsize=size, color=colour, weight=weight, ha=align, va='center', linespacing=1.25)
+
+
+def _box(axes, x, y, width, text, colour, fill='white'):
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - 2.3), width, 4.6, boxstyle='round,pad=0.5', facecolor=fill,
+                                  edgecolor=colour, lw=1.5))
+    _text(axes, x, y, text)
+
+
+def _arrow(axes, start, end, course='arc3'):
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=10, color=GREY, lw=1.2, shrinkA=0,
+                                   shrinkB=0, connectionstyle=course))
+
+
+def _photo(axes, x, y, width, height, sea='#B9CCD8', skin=DARK, mirror=False):
+    """A drawn photograph of a fluke, with a bite out of one lobe so that its mirror image differs."""
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=sea, edgecolor=DARK, lw=0.8))
+    lobe = np.array([(.06, .1), (.07, .3), (.2, .42), (.35, .55), (.44, .7), (.48, .86), (.38, .8), (.2, .82), (.06, .74),
+                     (.0, .58)])
+    bitten = np.insert(lobe, 7, [(.33, .8), (.31, .8), (.28, .62), (.25, .81)], axis=0)
+    outline = np.concatenate([lobe, (bitten * [-1, 1])[::-1]])
+    for _ in range(2):  # Chaikin's corner cutting makes it round
+        after = np.roll(outline, -1, axis=0)
+        outline = np.stack([0.75 * outline + 0.25 * after, 0.25 * outline + 0.75 * after], 1).reshape(-1, 2)
+    outline = outline * ([-1, 1] if mirror else [1, 1]) + [0.5, 0]
+    axes.add_patch(Polygon(outline * [width, height] + [x, y], facecolor=skin, edgecolor='none'))
+
+
+def _save(figure, path, dpi):
+    metadata = {'Software': None} if Path(path).suffix == '.png' else None
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, facecolor='white', metadata=metadata))
+
+
+@exit_clearly
+def main(argv):
+    if argv != ['--readme']:
+        raise UserError('write: python -m utils.figures --readme')
+    figs = Path(__file__).parents[1] / 'figs'
+    draw_model(figs / 'model.png')
+    draw_map5(figs / 'map5.png')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
-"""MAP@5, the threshold of new_whale, and submissions: `python -m utils.metrics submission.csv test_labels.csv`.
+"""MAP@5, the threshold of new_whale, submissions; `python -m utils.metrics submission.csv test_labels.csv`.
 
-Throughout, `scores` (Q, N) holds one score an id, higher is better, ties going to the lower index; `truth` (Q,)
-is 0..N-1, or N for new_whale, which stands right above the ids whose score is below `threshold`.
+Throughout, `scores` (Q, N) holds one score an id, higher is better, ties going to the lower index; `truth`
+(Q,) is 0..N-1, or N for new_whale, which stands right above the ids whose score is below `threshold`.
 """
 import sys
 from pathlib import Path
@@ -46,18 +46,17 @@ def top_k(ranks, k):
 def choose_threshold(scores, truth):
     """The threshold with the best MAP@5 on these rows, and that MAP@5: (float, float).
 
-    As the threshold rises past the score at a place, an id at that place loses one, and a new_whale row gains
-    one. Only the first five places count, so sorting these scores and adding up the changes gives MAP@5 on every
-    interval. The middle of the best interval is returned, of the widest when several are equally good; the two
-    open ends count as wide as an average interval. A score of -inf is an id without a score.
-    Raises UserError when scores are empty, infinite or not numbers.
+    As the threshold rises past a score, the id that has it falls by one place, and new_whale rises by one.
+    Only five places count, so sorting their scores and adding up the changes gives MAP@5 on every interval.
+    The middle of the best interval is returned, of the widest when several are equally good; the open ends
+    count as wide as an average one. An id without a score has -inf. UserError when scores are not finite.
     """
     if not scores.numel() or not scores.max() < torch.inf:
-        raise UserError('no threshold can be chosen: the scores are empty or not finite; look at the training log')
+        raise UserError('the scores are empty or not finite, so they give no threshold; see the training log')
     values, order = _best_ids(scores)  # (Q, K), K = min(5, N)
     hit = order == truth[:, None]
     is_new = (truth == scores.shape[1])[:, None]
-    # 60 is the least common multiple of 1..5: in sixtieths the sums are exact, and equal intervals seen as equal.
+    # In sixtieths (60 is divisible by 1..5) sums are exact, and equally good intervals are seen as equal.
     gain = torch.tensor([60, 30, 20, 15, 12, 0], device=scores.device)
     places = values.shape[1]
     change = (is_new.long() - hit.long()) * -gain.diff()[:places]  # (Q, K)
@@ -67,13 +66,13 @@ def choose_threshold(scores, truth):
     at, event = values[finite].unique(return_inverse=True)
     change = torch.zeros_like(at, dtype=torch.int64).index_add_(0, event, change[finite])
     at, change = at[change != 0], change[change != 0]
-    map5 = torch.cat([lowest[None], lowest + change.cumsum(0)])  # (intervals,) sixtieths, summed over the rows
+    map5 = torch.cat([lowest[None], lowest + change.cumsum(0)])  # (intervals,) sixtieths, summed
     margin = (at[-1:] - at[:1]) / len(at) if len(at) > 1 else torch.ones_like(at)
     edges = torch.cat([at[:1] - margin, at, at[-1:] + margin]) if len(at) else values.new_tensor([0, 1])
     best = edges.diff().masked_fill(map5 < map5.max(), -1).argmax()
     low, high = edges[best], edges[best + 1]
     middle = low + (high - low) / 2
-    # An interval holds its upper edge, not its lower one; between neighbouring floats the middle may be either.
+    # An interval holds its upper edge, not its lower one; the middle of neighbouring floats may be either.
     threshold = middle if middle > low else high
     return threshold.item(), map5.max().item() / 60 / len(truth)
 
@@ -118,7 +117,7 @@ def check_submission(frame, sample, name='the submission', most=5):
 
 
 def write_submission(path, images, answers, ids, sample_path):
-    """Write Image,Id in the sample submission's order, once everything is checked; UserError when it does not fit.
+    """Write Image,Id in the sample submission's order, or raise UserError when something does not fit it.
 
     `answers` (Q, min(5, N + 1)) index the N `ids`, N being new_whale, as top5 gives them for `images`.
     """
@@ -126,8 +125,9 @@ def write_submission(path, images, answers, ids, sample_path):
     frame = pd.DataFrame({'Image': list(images), 'Id': [' '.join(row) for row in labels]})
     sample = read_answers(sample_path)
     check_submission(frame, sample)
-    if (frame['Id'].str.split().str.len() != min(5, len(ids) + 1)).any():
-        raise UserError(f'the submission must have {min(5, len(ids) + 1)} labels a row, none of them with a space')
+    wanted = min(5, len(ids) + 1)
+    if (frame['Id'].str.split().str.len() != wanted).any():
+        raise UserError(f'the submission must have {wanted} labels a row, none of them with a space')
     frame = frame.set_index('Image').loc[sample['Image']].reset_index()
     write_whole(path, lambda temporary: frame.to_csv(temporary, index=False))
 
@@ -140,7 +140,8 @@ def score_submission(submission_csv, labels_csv):
     frame, truth = read_answers(submission_csv), read_answers(labels_csv)
     check_submission(truth, truth, Path(labels_csv).name, most=1)
     check_submission(frame, truth, Path(submission_csv).name)
-    guesses = frame.set_index('Image')['Id'].loc[truth['Image']].str.split(expand=True).to_numpy()  # (Q, <= 5)
+    guesses = frame.set_index('Image')['Id'].loc[truth['Image']]
+    guesses = guesses.str.split(expand=True).to_numpy()  # (Q, <= 5)
     answer = truth['Id'].str.strip().to_numpy()
     right = guesses == answer[:, None]
     ranks = torch.from_numpy(np.where(right.any(1), right.argmax(1), 5))
@@ -153,7 +154,7 @@ def score_submission(submission_csv, labels_csv):
 
 
 def read_answers(path):
-    """A CSV with a column Image as a frame of texts, blanks being empty texts; UserError for anything else."""
+    """A CSV with a column Image as a frame of texts, blanks being empty; UserError for anything else."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:

@@ -1,0 +1,165 @@
+"""Each loss against an independent oracle: another library, or a plain double loop."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning import distances, losses, miners
+
+from models.losses import (aligned_distance, batch_hard_triplet_loss, hardest_pairs, joint_loss, local_triplet_loss,
+                           pair_masks, sigmoid_ohem_loss)
+
+N = 20           # ids
+CLASSES = 2 * N
+NEW = CLASSES    # the label of new_whale
+
+
+def make_batch(seed=0, size=24, dim=8, news=True):
+    torch.manual_seed(seed)
+    labels = torch.randint(CLASSES, (size // 3,)).repeat_interleave(2)
+    rest = torch.randint(CLASSES + 1, (size - len(labels),))
+    labels = torch.cat([labels, rest])
+    if news:
+        labels[-4:] = NEW
+    return F.normalize(torch.randn(size, dim)).requires_grad_(), labels
+
+
+def no_twins():
+    return torch.arange(CLASSES + 1)
+
+
+def test_sigmoid_loss_is_the_double_loop():
+    torch.manual_seed(0)
+    logits, labels = 5 * torch.randn(9, CLASSES), torch.tensor([0, 3, NEW, 39, 21, 3, NEW, 7, 19])
+    rows, positives = [], []
+    for i in range(9):
+        questions = []
+        for j in range(CLASSES):
+            y = float(labels[i] == j)
+            p = 1 / (1 + math.exp(-logits[i, j].item()))
+            questions.append(-(y * math.log(p) + (1 - y) * math.log(1 - p)))
+        rows += sorted(questions, reverse=True)[:30]
+        if labels[i] != NEW:
+            positives.append(-math.log(1 / (1 + math.exp(-logits[i, labels[i]].item()))))
+    expected = sum(rows) / len(rows) + sum(positives) / len(positives)
+    assert sigmoid_ohem_loss(logits, labels, no_twins()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sigmoid_loss_teaches_where_a_float32_sigmoid_would_be_clamped():
+    logits = torch.full((1, CLASSES), -5.0)
+    logits[0, 4] = 60.0
+    logits.requires_grad_()
+    sigmoid_ohem_loss(logits, torch.tensor([7]), no_twins()).backward()
+    assert logits.grad[0, 4].item() == pytest.approx(1 / 30)
+
+
+def test_sigmoid_loss_of_new_whales_alone_is_finite_and_only_negative():
+    logits = torch.zeros(4, CLASSES, requires_grad=True)
+    loss = sigmoid_ohem_loss(logits, torch.full((4,), NEW), no_twins())
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert (logits.grad >= 0).all()
+
+
+def test_fewer_classes_than_hardest():
+    assert sigmoid_ohem_loss(torch.zeros(2, 6), torch.tensor([0, 6]), torch.arange(7)).item() == pytest.approx(2 * math.log(2))
+
+
+def test_one_animal_under_two_ids_is_never_its_own_negative():
+    group = no_twins()
+    group[5] = group[4]
+    logits = torch.zeros(2, CLASSES)
+    logits[0, 5] = 50.0  # the twin's unit answers for the label 4: not a mistake
+    labels = torch.tensor([4, 9])
+    assert sigmoid_ohem_loss(logits, labels, group) < 2
+    assert sigmoid_ohem_loss(logits, labels, no_twins()) > 2
+    positive, negative = pair_masks(torch.tensor([4, 5, 4, 9]), group, CLASSES)
+    assert not negative[0, 1] and not positive[0, 1] and positive[0, 2] and negative[0, 3]
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_batch_hard_is_pytorch_metric_learning(seed):
+    embedding, labels = make_batch(seed, news=False)
+    loss, _ = batch_hard_triplet_loss(embedding, labels, no_twins(), CLASSES + 1)  # +1: every label is an id here
+    distance = distances.LpDistance(normalize_embeddings=False)
+    triplets = miners.BatchHardMiner(distance=distance)(embedding, labels)
+    oracle = losses.TripletMarginLoss(margin=0.3, distance=distance, reducer=None)
+    oracle.reducer = __import__('pytorch_metric_learning.reducers', fromlist=['MeanReducer']).MeanReducer()
+    expected = oracle(embedding, labels, triplets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, theirs = torch.autograd.grad(loss, embedding)[0], torch.autograd.grad(expected, embedding)[0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_new_whales_are_negatives_and_never_positives_or_anchors():
+    labels = torch.tensor([1, 1, NEW, NEW])
+    positive, negative = pair_masks(labels, no_twins(), CLASSES)
+    assert positive.nonzero().tolist() == [[0, 1], [1, 0]]  # no diagonal, no pair of strangers
+    assert negative.nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+
+
+def test_the_anchor_is_not_its_own_positive():
+    distance = torch.tensor([[0.0, 5, 1], [5, 0, 1], [1, 1, 0]])
+    positive, negative = pair_masks(torch.tensor([3, 4, 4]), no_twins(), CLASSES)
+    _, _, valid = hardest_pairs(distance, positive, negative)
+    assert valid.tolist() == [False, True, True]
+
+
+def test_empty_batches_give_zero_with_a_graph():
+    embedding = F.normalize(torch.randn(6, 8)).requires_grad_()
+    strips = F.normalize(torch.randn(6, 4, 8), dim=2).requires_grad_()
+    for labels in (torch.full((6,), NEW), torch.arange(6), torch.full((6,), 3)):
+        for loss, _ in (batch_hard_triplet_loss(embedding, labels, no_twins(), CLASSES),
+                        local_triplet_loss(strips, labels, no_twins(), CLASSES)):
+            assert loss.item() == 0
+            loss.backward()
+    assert torch.isfinite(embedding.grad).all() and torch.isfinite(strips.grad).all()
+
+
+def test_identical_images_have_a_finite_gradient():
+    embedding = F.normalize(torch.ones(4, 8)).requires_grad_()
+    batch_hard_triplet_loss(embedding, torch.tensor([1, 1, 2, 2]), no_twins(), CLASSES)[0].backward()
+    assert torch.isfinite(embedding.grad).all()
+
+
+def shortest_path(a, b):
+    """The recurrence of the AlignedReID paper, written with lists."""
+    d = [[math.tanh(math.dist(x, y) / 2) for y in b.tolist()] for x in a.tolist()]
+    for i in range(len(d)):
+        for j in range(len(d[0])):
+            if i and j:
+                d[i][j] += min(d[i - 1][j], d[i][j - 1])
+            elif i or j:
+                d[i][j] += d[i - 1][j] if i else d[i][j - 1]
+    return d[-1][-1]
+
+
+def test_aligned_distance_is_the_double_loop():
+    torch.manual_seed(1)
+    a, b = F.normalize(torch.randn(5, 8, 16), dim=2), F.normalize(torch.randn(5, 8, 16), dim=2)
+    found = aligned_distance(a, b)
+    assert found.tolist() == pytest.approx([shortest_path(x, y) for x, y in zip(a, b)], rel=1e-4)
+    table = aligned_distance(a[:, None], b[None, :])
+    assert table.shape == (5, 5) and torch.allclose(table.diagonal(), found, atol=1e-5)
+
+
+def test_local_triplets_are_the_double_loop():
+    torch.manual_seed(2)
+    strips = F.normalize(torch.randn(10, 4, 16), dim=2)
+    labels = torch.tensor([1, 1, 1, 2, 2, 3, 5, NEW, NEW, 5])
+    hinges = []
+    for i in range(10):
+        far = [shortest_path(strips[i], strips[j]) for j in range(10) if j != i and labels[j] == labels[i] != NEW]
+        near = [shortest_path(strips[i], strips[j]) for j in range(10) if labels[j] != labels[i]]
+        if far and labels[i] != NEW:
+            hinges.append(max(0, 0.3 + max(far) - min(near)))
+    loss, active = local_triplet_loss(strips, labels, no_twins(), CLASSES)
+    assert loss.item() == pytest.approx(sum(hinges) / len(hinges), rel=1e-4)
+    assert active.item() == pytest.approx(sum(h > 0 for h in hinges) / len(hinges))
+
+
+def test_joint_loss_is_the_weighted_sum():
+    embedding, labels = make_batch()
+    outputs = embedding, torch.randn(24, CLASSES), F.normalize(torch.randn(24, 4, 16), dim=2)
+    total, parts = joint_loss(outputs, labels, no_twins(), 2.0, 3.0, 5.0)
+    assert total.item() == pytest.approx((parts[:3] * torch.tensor([2.0, 3.0, 5.0])).sum().item(), rel=1e-5)

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from data.sampler import BatchSampler
+
+NEW = 40  # the mark of new_whale for 20 ids
+
+
+def table():
+    """20 ids with 1..6 images, 30 new_whale images, 5 rows left out."""
+    labels = [i for i in range(20) for _ in range(1 + i % 6)] + [NEW] * 30 + [-1] * 5
+    return np.random.default_rng(0).permutation(labels)
+
+
+def test_items_are_anchor_positive_other_and_stranger():
+    labels = table()
+    sampler = BatchSampler(labels, 24, NEW, seed=3)
+    for iteration in range(50):
+        rows, flips = sampler.batch(iteration).T
+        anchor, positive, other, stranger = labels[rows].reshape(4, 6)
+        assert (anchor == positive).all() and (anchor != other).all() and (stranger == NEW).all()
+        many = np.isin(anchor, [i for i in range(20) if 1 + i % 6 > 1])
+        a, p = rows[:6], rows[6:12]
+        assert (a != p)[many].all() and (a == p)[~many].all()
+        assert (flips[:6] == flips[6:12]).all()
+
+
+def test_flips_are_even_and_drawn_for_each_item():
+    sampler = BatchSampler(table(), 24, NEW)
+    flips = np.stack([sampler.batch(i)[:, 1] for i in range(300)])
+    assert abs(flips.mean(0) - 0.5).max() < 0.15
+    assert 0.1 < flips[:, :6].std(1).mean()
+
+
+def test_every_id_has_its_turn():
+    labels = table()
+    sampler = BatchSampler(labels, 16, NEW)
+    assert sampler.iterations_per_pass == 5
+    anchors = np.concatenate([labels[sampler.batch(i)[:4, 0]] for i in range(15)])
+    assert (np.bincount(anchors, minlength=20) == 3).all()
+
+
+def test_a_batch_depends_on_seed_and_iteration_alone():
+    sampler = BatchSampler(table(), 24, NEW, seed=5)
+    walk = iter(sampler)
+    straight = [next(walk) for _ in range(8)]
+    later = next(iter(BatchSampler(table(), 24, NEW, seed=5, start=7)))
+    assert (straight[7] == later).all()
+    assert (straight[7] != straight[6]).any()
+    assert (BatchSampler(table(), 24, NEW, seed=6).batch(7) != later).any()
+
+
+def test_rows_left_out_are_never_drawn():
+    labels = table()
+    sampler = BatchSampler(labels, 24, NEW)
+    seen = np.unique(np.concatenate([sampler.batch(i)[:, 0] for i in range(100)]))
+    assert (labels[seen] >= 0).all()
+    assert len(seen) == (labels >= 0).sum()  # and all others are
+
+
+@pytest.mark.parametrize('per_id', [2, 4])
+def test_images_per_id(per_id):
+    labels = table()
+    sampler = BatchSampler(labels, 32, NEW, images_per_id=per_id)
+    for iteration in range(30):
+        rows, flips = sampler.batch(iteration).T
+        people = 24 // per_id
+        ids, mirrored = labels[rows[:24]].reshape(people, per_id), flips[:24].reshape(people, per_id)
+        assert (ids == ids[:, :1]).all() and (mirrored == mirrored[:, :1]).all()
+        for group, number in zip(rows[:24].reshape(people, per_id), ids[:, 0]):
+            assert len(set(group)) == min(per_id, (labels == number).sum())
+        assert (labels[rows[24:]] == NEW).all()
+
+
+def test_without_new_whales_and_with_one_id():
+    assert BatchSampler(np.array([0, 0, 0]), 8, 2).batch(0).shape == (8, 2)
+    rows = BatchSampler(np.arange(12), 8, 24).batch(3)[:, 0]
+    assert rows.max() < 12

@@ -1,0 +1,250 @@
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data.tables import NEW_WHALE, load_tables, training_rows, validation_fold
+from utils.errors import UserError
+
+
+def write_set(folder, rows, test=(), submission=True):
+    """A data_dir in Kaggle's layout with empty image files; `rows` are (Image, Id)."""
+    for name, images in (('train', [image for image, _ in rows]), ('test', test)):
+        (folder / name).mkdir(parents=True)
+        for image in images:
+            (folder / name / image).touch()
+    pd.DataFrame(rows, columns=['Image', 'Id']).to_csv(folder / 'train.csv', index=False)
+    if submission:
+        pd.DataFrame({'Image': test, 'Id': NEW_WHALE}).to_csv(folder / 'sample_submission.csv', index=False)
+    return folder
+
+
+ROWS = [('d.jpg', 'w_b'), ('a.jpg', NEW_WHALE), ('c.png', 'w_a'), ('b.jpg', 'w_b'), ('e.jpg', '001'), ('f.jpg', 'NA')]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_set(tmp_path, ROWS, ['z.jpg', 'y.jpg'])
+
+
+@pytest.fixture(scope='module')
+def kaggle(tmp_path_factory):
+    """The competition's shape of class sizes: 25,361 images, 5,004 ids, 9,664 new_whale."""
+    sizes = np.repeat([1, 10, 20, 4, 3], [2073, 100, 173, 1190, 1468])
+    ids = [f'w_{k:07x}' for k in np.random.default_rng(1).permutation(len(sizes))]
+    labels = np.random.default_rng(2).permutation(np.concatenate([np.repeat(ids, sizes), [NEW_WHALE] * 9664]))
+    folder = tmp_path_factory.mktemp('kaggle')
+    names = [f'{k:09x}.jpg' for k in range(len(labels))]
+    pd.DataFrame({'Image': names, 'Id': labels}).to_csv(folder / 'train.csv', index=False)
+    return load_tables(folder, check_files=False)
+
+
+def test_columns_labels_and_order(folder):
+    tables = load_tables(folder)
+    assert tables.ids == ['001', 'NA', 'w_a', 'w_b'] and tables.num_ids == 4
+    train = tables.train
+    assert list(train.columns) == ['Image', 'Id', 'label', 'path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle', 'source']
+    assert train['Image'].tolist() == [image for image, _ in ROWS]
+    assert train['label'].tolist() == [3, 8, 2, 3, 0, 1] and train['label'].dtype == np.int64
+    assert train['path'].tolist() == [str(folder / 'train' / image) for image, _ in ROWS]
+    assert train[['x0', 'y0', 'x1', 'y1']].dtypes.eq('float64').all() and train['x0'].isna().all()
+    assert train['mask_path'].tolist() == train['mask_rle'].tolist() == [None] * 6
+    assert (train['source'] == 'train').all() and tables.group is None
+    assert tables.test['Image'].tolist() == ['z.jpg', 'y.jpg']
+    assert list(tables.test.columns) == ['Image', 'path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle']
+    for optional in ('bboxes.csv', 'masks/', 'duplicate_ids.csv', 'playground'):
+        assert any(optional in note and 'absent' in note for note in tables.notes)
+    assert load_tables(folder, flip_is_new_id=False).train['label'].tolist() == [3, 4, 2, 3, 0, 1]
+
+
+def test_boxes_and_masks_are_matched_by_name(folder):
+    (folder / 'bboxes.csv').write_text('Image,x0,y0,x1,y1\nb.jpg,1,2,30.5,40\nother.jpg,0,0,1,1\ny.jpg,5,6,7,8\n')
+    (folder / 'masks').mkdir()
+    (folder / 'masks' / 'c.png').touch()
+    (folder / 'masks' / 'z.jpg').touch()
+    (folder / 'masks.csv').write_text('id,rle_mask\na.jpg,1 3 9 2\nd,5 5\nc.png,1 1\ne.jpg,\n')
+    tables = load_tables(folder)
+    train, test = tables.train.set_index('Image'), tables.test.set_index('Image')
+    assert train.loc['b.jpg', ['x0', 'y0', 'x1', 'y1']].tolist() == [1, 2, 30.5, 40]
+    assert train['x0'].notna().sum() == 1 and test.loc['y.jpg', 'y1'] == 8 and test['x0'].notna().sum() == 1
+    assert train['mask_path'].dropna().to_dict() == {'c.png': str(folder / 'masks' / 'c.png')}
+    assert train['mask_rle'].dropna().to_dict() == {'a.jpg': '1 3 9 2', 'd.jpg': '5 5', 'e.jpg': ''}
+    assert test['mask_path'].tolist() == [str(folder / 'masks' / 'z.jpg'), None]
+    assert any('boxes of 1 of 6 training and 1 of 2 test' in note for note in tables.notes)
+    assert any('masks: of 4 of 6 training and 1 of 2 test' in note for note in tables.notes)
+
+
+def test_duplicate_ids_join_across_rows(folder):
+    (folder / 'duplicate_ids.csv').write_text(f'Id,SubId\ngroup_0,001 w_a\ngroup_1,w_x w_a {NEW_WHALE}\nw_y,{NEW_WHALE}\n')
+    group = load_tables(folder).group
+    assert group.dtype == np.int64 and group[0] == group[2] and len(set(group)) == 3
+    (folder / 'duplicate_ids.csv').write_text('Id,SubId\nNA,w_b\nw_b,w_a\n')
+    group = load_tables(folder).group
+    assert group[1] == group[2] == group[3] != group[0]
+
+
+def test_playground_joins_by_known_id_only(folder):
+    rows = [('p.jpg', 'w_b'), ('q.jpg', 'w_2018'), ('r.jpg', NEW_WHALE), ('a.jpg', 'w_a')]
+    write_set(folder / 'playground', rows, submission=False)
+    tables = load_tables(folder)
+    joined = tables.train[tables.train['source'] == 'playground']
+    assert joined['Image'].tolist() == ['p.jpg'] and joined['label'].tolist() == [3]
+    assert joined['path'].tolist() == [str(folder / 'playground' / 'train' / 'p.jpg')]
+    assert len(tables.train) == 7 and tables.train.index.tolist() == list(range(7))
+    note, = [note for note in tables.notes if 'playground' in note]
+    assert '1 images join' in note and '1 of new_whale' in note and '1 of ids' in note and '1 that train.csv' in note
+    (folder / 'playground' / 'train' / 'p.jpg').unlink()
+    with pytest.raises(UserError, match='p.jpg'):
+        load_tables(folder)
+
+
+@pytest.mark.parametrize('absent', ['sample_submission.csv', 'test'])
+def test_test_images_are_optional(folder, absent):
+    os.rename(folder / absent, folder / 'elsewhere')
+    tables = load_tables(folder)
+    assert len(tables.test) == 0 and {'path', 'mask_path', 'x0'} <= set(tables.test.columns)
+    assert any(absent in note for note in tables.notes)
+
+
+def test_files_that_no_row_lists_are_noted(folder):
+    (folder / 'train' / 'extra.jpg').touch()
+    (folder / 'train' / '.DS_Store').touch()
+    note, = [note for note in load_tables(folder).notes if 'extra.jpg' in note]
+    assert '1 files' in note
+
+
+def test_missing_files_are_counted_and_named(folder):
+    for name in ('b.jpg', 'd.jpg'):
+        (folder / 'train' / name).unlink()
+    with pytest.raises(UserError, match=r'2 of the 6 images .*d.jpg, b.jpg'):
+        load_tables(folder)
+    assert len(load_tables(folder, check_files=False).train) == 6
+
+
+@pytest.mark.parametrize('text, said', [
+    (b'Image,Name\na.jpg,w_1\n', ['no column Id', 'Image,Id']),
+    (b'Image;Id\na.jpg;w_1\n', ['no column Image and Id']),
+    (b'Image,Id\n', ['no rows']),
+    (b'', ['not a CSV']),
+    (b'Image,Id\na.jpg,w_1,\n', ['not a CSV']),
+    (b'Image,Id\na.jpg,w_1\na,b,c\n', ['not a CSV', 'line 3']),
+    (b'\xff\xd8\xff\xe0\x00\x10JFIF', ['not a CSV', 'UTF-8']),
+    (b'Image,Id\na.jpg,w_1\n\nb.jpg,\nc.jpg\n', ['without an id', 'line 4', 'line 5']),
+    (b'Image,Id\n ,w_1\n', ['without an image name', 'line 2']),
+    (b'Image,Id\na.jpg,w_1\nb.jpg,w_2\na.jpg,w_2\n', ['more than once', 'line 2', 'line 4']),
+    (b'Image,Id\na.jpg,w_1\nb.jpg,w_1\na.jpg,w_1\n', ['more than once']),
+    (b'Image,Id\na.jpg,white fluke\n', ['space', 'line 2', '_']),
+    (b'Image,Id\n../a.jpg,w_1\n', ['paths', '../a.jpg']),
+    (b'Image,Id\n/etc/a.jpg,w_1\n', ['paths']),
+    (b'Image,Id\nsub\\a.jpg,w_1\n', ['paths']),
+    (b'Image,Id\n..,w_1\n', ['paths']),
+    (b'Image,Id\na.jpg,new_whale\n', ['no id']),
+])
+def test_bad_train_csv_is_refused_in_one_sentence(folder, text, said):
+    (folder / 'train.csv').write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        load_tables(folder, check_files=False)
+    message = str(caught.value)
+    assert all(words in message for words in ['train.csv', *said]) and '\n' not in message
+
+
+@pytest.mark.parametrize('name, text, said', [
+    ('sample_submission.csv', 'Image,Id\nz.jpg,x\nz.jpg,x\n', 'more than once'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,0,9,9\nb.jpg,0,zero,9,9\n', 'line 3'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,0,inf,9\n', 'four numbers'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,9,0,9,9\n', 'without an area'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,9,9,8\n', 'without an area'),
+    ('bboxes.csv', 'Image,x0,y0,x1\na.jpg,0,9,9\n', 'no column y1'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,0,9,9\na.jpg,0,0,8,8\n', 'more than once'),
+    ('masks.csv', 'id,rle_mask\na.jpg,1 2 3\n', 'pairs'),
+    ('masks.csv', 'id,rle_mask\na.jpg,1 2\na.jpg,1 2\n', 'more than once'),
+    ('duplicate_ids.csv', 'a,b\nw_a,w_b\n', 'no column Id and SubId'),
+])
+def test_bad_optional_csv_is_refused(folder, name, text, said):
+    (folder / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_tables(folder)
+    assert name in str(caught.value) and said in str(caught.value)
+
+
+def test_missing_data_says_where_to_get_it(tmp_path):
+    for data_dir in (tmp_path / 'nowhere', tmp_path):
+        with pytest.raises(UserError) as caught:
+            load_tables(data_dir)
+        for words in (str(data_dir), 'kaggle.com/c/humpback-whale-identification', 'python -m data.make_sample'):
+            assert words in str(caught.value)
+
+
+def test_kaggles_label_space(kaggle):
+    assert kaggle.num_ids == 5004 and len(kaggle.train) == 25361
+    assert kaggle.train['label'].max() == 10008 and (kaggle.train['label'] == 10008).sum() == 9664
+    count = kaggle.train['Id'][kaggle.train['Id'] != NEW_WHALE].value_counts()
+    assert (count >= 10).sum() == 273 and (count == 1).sum() == 2073
+
+
+def test_training_rows_count_images_outside_validation(kaggle):
+    train = kaggle.train
+    count = train['Id'].map(train['Id'].value_counts())
+    first = ~train['Id'].duplicated()
+    valid = np.zeros(len(train), bool)
+    valid[train.index[first & (count == 10)][:9]] = True    # nine ids fall below ten images
+    valid[train.index[first & (count == 20)][:50]] = True   # these stay
+    valid[train.index[train['Id'] == NEW_WHALE][:230]] = True
+    keep = training_rows(train, valid, 10)
+    kept = train['Id'][keep]
+    assert kept.nunique() == 264 + 1 and (kept == NEW_WHALE).sum() == 9664 - 230
+    assert not (keep & valid).any() and keep.sum() == 91 * 10 + 173 * 20 - 50 + 9434
+    assert (training_rows(train, valid, 0) == ~valid).all()
+    with pytest.raises(UserError, match='min_num_class = 99 .* largest has 20'):
+        training_rows(train, valid, 99)
+
+
+def test_fold_is_512_ids_and_230_new_whales(kaggle):
+    train, folds = kaggle.train, []
+    count = train['Id'].map(train['Id'].value_counts())
+    for fold in range(5):
+        valid = validation_fold(train, fold)
+        ids = train['Id'][valid]
+        assert valid.dtype == bool and valid.shape == (25361,)
+        assert (ids == NEW_WHALE).sum() == 230 and ids[ids != NEW_WHALE].is_unique and valid.sum() == 742
+        assert count[valid].min() >= 2
+        folds.append(valid)
+    assert all((folds[a] != folds[b]).any() for a in range(5) for b in range(a))
+    assert (validation_fold(train, 0) == folds[0]).all() and (validation_fold(train, 0, seed=1) != folds[0]).any()
+
+
+def test_fold_takes_any_image_of_an_id(kaggle):
+    """Of an id's images, sorted by name, each is chosen about equally often."""
+    train = kaggle.train
+    place = train.groupby('Id').cumcount()[(train['Id'].map(train['Id'].value_counts()) == 4)]
+    chosen = np.concatenate([place[validation_fold(train, fold)[place.index]] for fold in range(5)])
+    assert (np.bincount(chosen, minlength=4) > 0.15 * len(chosen)).all()
+
+
+def test_fold_depends_on_neither_row_order_nor_id_names(kaggle):
+    train = kaggle.train
+    images = set(train['Image'][validation_fold(train, 2)])
+    shuffled = train.sample(frac=1, random_state=0)
+    assert set(shuffled['Image'][validation_fold(shuffled, 2)]) == images
+    renamed = train.assign(Id=train['Id'].where(train['Id'] == NEW_WHALE, 'x' + train['Id']))
+    assert set(train['Image'][validation_fold(renamed, 2)]) == images
+
+
+def test_fold_of_a_small_set():
+    rows = [(f'{k:03}{n}', f'w_{k}', k, 'train') for k in range(10) for n in range(2)]
+    rows += [(f'n{n}', NEW_WHALE, 99, 'train') for n in range(2)] + [(f'p{k}', f'w_{k}', k, 'playground') for k in range(10)]
+    rows += [('s1', 'w_20', 20, 'train'), ('s1p', 'w_20', 20, 'playground')]
+    train = pd.DataFrame(rows, columns=['Image', 'Id', 'label', 'source'])
+    for fold in range(5):
+        chosen = train[validation_fold(train, fold)]
+        assert (chosen['source'] == 'train').all() and 'w_20' not in set(chosen['Id'])
+        assert (chosen['Id'] == NEW_WHALE).sum() == 1 and len(chosen) == 3 + 1   # 10 // 3 ids, half of two new_whale
+    with pytest.raises(UserError, match='two images'):
+        validation_fold(train[:4], 0)
+
+
+@pytest.mark.parametrize('fold', [-1, 5, 'all'])
+def test_unknown_fold_is_refused(kaggle, fold):
+    with pytest.raises(UserError, match='fold'):
+        validation_fold(kaggle.train, fold)
