@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
 from data.decode import check_images
 from data.images import Crops
-from data.tables import load_tables, validation_fold
+from data.tables import NEW_WHALE, load_tables, validation_fold
 from models.whale_net import WhaleNet
 from utils import checkpoint
 from utils.constants import read_constants
@@ -73,12 +72,15 @@ def main(argv):
     in_fold = torch.from_numpy(valid[rows['gallery']])  # the fold's own images answer test queries, not its own
     truth = labels[rows['valid']].clamp(max=tables.num_ids)  # (V,)
 
-    classifier, gallery = {}, {}
+    classifier, gallery = dict(valid=0, test=0), dict(valid=0, test=0)
     for file, member in zip(files, members):
-        scores, near = score(c, member, tables, train, test, rows, labels, in_fold, file)
-        for part in scores:
-            classifier[part] = classifier.get(part, 0) + scores[part] / len(members)
-            gallery[part] = gallery.get(part, 0) + near[part] / len(members)
+        seen = see(c, file, member, tables, train, test, rows)
+        embeddings, owners = seen['gallery'][1], labels[rows['gallery']]
+        near = dict(valid=gallery_scores(seen['valid'][1], embeddings[~in_fold], owners[~in_fold], tables.num_ids),
+                    test=gallery_scores(seen['test'][1], embeddings, owners, tables.num_ids))
+        for part in near:
+            classifier[part] += seen[part][0] / len(members)
+            gallery[part] += near[part] / len(members)
 
     weight, chosen = choose_fusion(classifier['valid'], gallery['valid'], truth, c.gallery_weight)
     final = fuse(classifier['test'], gallery['test'], weight)  # (Q, N)
@@ -86,7 +88,7 @@ def main(argv):
         chosen = c.threshold
     if c.new_whale_share:
         chosen = final.max(1).values.quantile(c.new_whale_share).item()
-    final[torch.from_numpy(test['bad'].to_numpy())] = 0  # what cannot be read is new
+    final[torch.tensor(test['bad'].tolist())] = 0  # what cannot be read is new
     answers = top5(final, chosen)
     share = (answers[:, 0] == tables.num_ids).float().mean()
     print(f'test: gallery weight {weight:.2f}, threshold {chosen:.3f}: {share:.1%} of {len(test)} images begin with new_whale')
@@ -94,6 +96,8 @@ def main(argv):
                      Path(c.data_dir) / 'sample_submission.csv')
     write_whole(folder / 'scores.npz', lambda path: np.savez(path, scores=final.half().numpy(), ids=np.array(tables.ids),
                                                              images=test['Image'].to_numpy(str), threshold=chosen))
+    if c.matches:
+        draw_matches(c, folder / 'matches.png', member, train, rows['gallery'], test, seen, final, answers, tables.ids)
     print(f'written: {folder}/submission.csv, scores.npz' + (', matches.png' if c.matches else ''))
 
 
@@ -109,24 +113,35 @@ def check_member(file, member, first, ids, data_dir):
                             'them has learned')
 
 
-def score(c, member, tables, train, test, rows, labels, in_fold, file):
-    """One checkpoint's classifier and gallery scores for the validation fold and the test images: two dicts of (Q, N)."""
+def see(c, file, member, tables, train, test, rows):
+    """What one checkpoint says of validation, gallery and test images: part -> scores (Q, N), embeddings (Q, 2, C)."""
     made = member['constants']
     size = made['height'], made['width']
-    classes = tables.num_ids * (2 if made['flip_is_new_id'] else 1)
-    net = WhaleNet(made['model_name'], classes, *size)
+    net = WhaleNet(made['model_name'], tables.num_ids * (2 if made['flip_is_new_id'] else 1), *size)
     net.load_state_dict(member['model'])
     net.to(c.device, memory_format=torch.channels_last)
     seen = {}
     for part, frame in (('valid', train), ('gallery', train), ('test', test)):
-        crops = Crops(frame, *size, c.cache_dir)
-        seen[part] = predict(net, crops, rows[part], *size, tables.num_ids, made['flip_is_new_id'], device=c.device,
-                             amp=amp_dtype(c.precision, c.device), shifts=VIEWS[:c.views],
-                             progress=lambda batches: tqdm(batches, desc=f'{file.name} {part}', unit='batch'))
-    embeddings, owners = seen['gallery'][1], labels[rows['gallery']]
-    near = dict(valid=gallery_scores(seen['valid'][1], embeddings[~in_fold], owners[~in_fold], tables.num_ids),
-                test=gallery_scores(seen['test'][1], embeddings, owners, tables.num_ids))
-    return {part: seen[part][0] for part in near}, near
+        seen[part] = predict(net, Crops(frame, *size, c.cache_dir), rows[part], *size, tables.num_ids, made['flip_is_new_id'],
+                             device=c.device, amp=amp_dtype(c.precision, c.device), shifts=VIEWS[:c.views],
+                             progress=lambda batches: tqdm(batches, f'{file.name}: {part}', unit='batch', disable=None))
+    return seen
+
+
+def draw_matches(c, path, member, train, gallery, test, seen, final, answers, ids):
+    """A few queries, from the surest to the least sure, beside their five nearest labelled photographs."""
+    size = member['constants']['height'], member['constants']['width']
+    order = final.max(1).values.argsort(descending=True)
+    chosen = order[torch.linspace(0, len(order) - 1, min(c.matches, len(order))).long()]
+    likeness = (seen['test'][1][chosen].flatten(1) @ seen['gallery'][1].flatten(1).T / 2 + 1) / 2  # (matches, G)
+    best = likeness.topk(min(5, len(gallery)))  # (matches, 5)
+    query_crops = Crops(test, *size, c.cache_dir)[chosen.numpy()][0].numpy()
+    crops, owner = Crops(train, *size, c.cache_dir), train['Id'].to_numpy()[gallery]
+    names = [*ids, NEW_WHALE]
+    plot_matches(path, query_crops, [f'{test["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()],
+                 [crops[gallery[row]][0].numpy() for row in best.indices.numpy()],
+                 [[f'{owner[g]}  {value:.2f}' for g, value in zip(row.tolist(), values.tolist())]
+                  for row, values in zip(best.indices, best.values)])
 
 
 def choose_fusion(classifier, gallery, truth, gallery_weight):

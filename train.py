@@ -5,6 +5,7 @@ Results go to results/RUN: log.txt, curves.png, evaluations.csv, best.pth, last.
 """
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
+import math
 import signal
 import sys
 from pathlib import Path
@@ -64,6 +65,8 @@ batch_size = 48             # images: 12 x (anchor, positive, another id, new_wh
 images_per_id = 0           # 0: the items above; K: P ids x K images, and a quarter new_whale
 strength = 1.0              # of the augmentation: 0 none, 1 the reference's ranges
 weight_decay = 2e-4         # Adam's L2
+warmup = 0                  # iterations in which each step's lr rises from 0
+cosine = False              # each step's lr falls to 0 along half a cosine, by iterations or by time, whichever is further
 clip = 5.0                  # largest gradient norm
 
 # Running
@@ -96,7 +99,7 @@ RULES = dict(
     width=(int, lambda v: v >= 32, 'at least 32 pixels'), cache_dir=text, pretrained=flag,
     w_sigmoid=weight, w_triplet=weight, w_local=weight, margin=weight, hardest=positive_int,
     batch_size=(int, lambda v: v >= 8 and v % 4 == 0, 'a multiple of 4, at least 8'), images_per_id=count,
-    strength=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'), weight_decay=weight,
+    strength=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'), weight_decay=weight, warmup=count, cosine=flag,
     clip=(float, lambda v: v > 0, 'a number above 0'), max_iters=positive_int, eval_every=positive_int,
     patience=positive_int, max_minutes=weight, seed=count, device=text, threads=count, workers=count,
     precision=(str, lambda v: v in ('auto', 'bf16', 'fp32'), "'auto', 'bf16' or 'fp32'"))
@@ -141,6 +144,7 @@ def plan(c, folder):
     done = np.cumsum(shares) / sum(shares)
     steps = [dict(step=first + i, first=first, rows=rows, start=c.checkPoint_start, share=float(done[i]),
                   min_num_class=row[0], freeze=row[1], lr=row[2], last=i == len(rows) - 1,
+                  begins=float(done[i - 1]) * 60 * c.max_minutes if i else 0.0,
                   checkPoint_start=c.checkPoint_start if i == 0 else 'best') for i, row in enumerate(rows)]
     if last:
         for name in ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed'):
@@ -255,6 +259,8 @@ def train_step(c, step, data, folder, state):
             with torch.autocast(torch.device(c.device).type, amp, enabled=amp is not None):
                 outputs = net(images.contiguous(memory_format=torch.channels_last), local=c.w_local > 0)
             loss, parts = joint_loss(outputs, labels, group, c.w_sigmoid, c.w_triplet, c.w_local, c.margin, c.hardest)
+            for options in optimizer.param_groups:
+                options['lr'] = step['lr'] * lr_factor(c, step, state['iteration'], clock)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), c.clip)
@@ -275,7 +281,7 @@ def train_step(c, step, data, folder, state):
                     refuse_loss(data, sampler.batch(int(bad))[:, 0], folder, int(bad))
             if evaluate_now:
                 began = clock.elapsed()
-                row = evaluate(c, step, data, net, amp, state, sums, sampler)
+                row = evaluate(c, step, data, net, amp, state, sums, sampler, optimizer.param_groups[0]['lr'])
                 row.update(zip(('img_s', 'left', 'seconds'), pace(c, step, clock, state, c.batch_size * sums[-1].item())))
                 state['evaluations'] = state['evaluations'] + [row]
                 say(state, format_row(row))
@@ -299,7 +305,16 @@ def train_step(c, step, data, folder, state):
     return state
 
 
-def evaluate(c, step, data, net, amp, state, sums, sampler):
+def lr_factor(c, step, iteration, clock):
+    """What the step's lr is multiplied by: the rise of `warmup`, the fall of `cosine`."""
+    rise = min(1.0, (iteration + 1) / c.warmup) if c.warmup else 1.0
+    if not c.cosine:
+        return rise
+    progress = max(iteration / c.max_iters, clock.progress(step['begins']) if c.max_minutes else 0.0)
+    return rise * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def evaluate(c, step, data, net, amp, state, sums, sampler, lr):
     """Score the validation fold (image and mirror) and choose the threshold there; one row of the log, times apart."""
     scores, _ = predict(net, data.crops, data.valid_rows, c.height, c.width, data.num_ids, c.flip_is_new_id,
                         device=c.device, amp=amp)  # (Q, N)
@@ -310,7 +325,7 @@ def evaluate(c, step, data, net, amp, state, sums, sampler):
     mean = (sums / sums[-1]).tolist()
     names = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')
     return dict(step=step['step'], iteration=state['iteration'], epoch=state['iteration'] / sampler.iterations_per_pass,
-                lr=step['lr'], **dict(zip(names, mean)), valid_top1=top_k(ranks, 1).item(), valid_top5=top_k(ranks, 5).item(),
+                lr=lr, **dict(zip(names, mean)), valid_top1=top_k(ranks, 1).item(), valid_top5=top_k(ranks, 5).item(),
                 valid_map5=valid_map5, threshold=state['threshold'])
 
 

@@ -24,7 +24,7 @@ class BadImage(UserError):
     """A file that is no whole, readable image; `reason` says why in a few words."""
 
     def __init__(self, path, reason):
-        super().__init__(f'{path} cannot be used as an image ({reason}): replace the file or take its row out')
+        super().__init__(f'{path} cannot be used as an image ({reason}): replace it or delete its row')
         self.reason = reason
 
 
@@ -74,13 +74,13 @@ def _read_header(path, file):
 
 
 def _require_end(path, kind, data):
-    """Raise BadImage unless a JPEG or PNG holds its end marker; older OpenCV fills what is cut off with grey."""
+    """Raise BadImage unless a JPEG or PNG holds its end marker; older OpenCV paints what is cut off grey."""
     if kind in ('JPEG', 'MPO'):
         position = 2
         while data[position:position + 1] == b'\xff' and data[position + 1:position + 2] != b'\xda':
             fill = data[position + 1:position + 2] == b'\xff'
             position += 1 if fill else 2 + int.from_bytes(data[position + 2:position + 4], 'big')
-        # within the coded pixels 0xff is always followed by 0 or a restart; a thumbnail's end lies before them
+        # within the coded pixels 0xff is always followed by 0 or a restart; a thumbnail ends before them
         whole = data.find(JPEG_END, position) >= 0
     else:
         whole = kind != 'PNG' or PNG_END in data
@@ -106,7 +106,7 @@ def decode_rle(rle, rows=MASK_ROWS, columns=MASK_COLUMNS):
     except (ValueError, OverflowError):
         fits = False
     if not fits:
-        raise UserError(f'the mask {rle[:40]!r} of masks.csv is not made of a start and a length for each run '
+        raise UserError(f'the mask {rle[:40]!r} of masks.csv is not a start and a length for each run '
                         f'within {rows} x {columns} pixels: mend or delete that row')
     steps = np.zeros(rows * columns + 1, np.int64)
     np.add.at(steps, starts, 1)
@@ -115,7 +115,7 @@ def decode_rle(rle, rows=MASK_ROWS, columns=MASK_COLUMNS):
 
 
 def read_mask(mask_path, mask_rle, shape):
-    """Where the fluke is, at the photograph's size `shape` (H, W): uint8 0/1; zeros when both sources are None.
+    """Where the fluke is, at the photograph's size `shape` (H, W): uint8 0/1; zeros if both sources are None.
 
     An image file counts as fluke where it is brighter than half, or above zero if it holds only 0 and 1.
     """
@@ -132,7 +132,7 @@ def read_mask(mask_path, mask_rle, shape):
 
 
 def find_bad_images(paths, workers=None):
-    """Files that are no whole images: dict path -> reason. Reads each file's head and tail only, in threads."""
+    """Files that are no whole images: dict path -> reason. Reads only heads and tails, in threads."""
     def reason(path):
         try:
             _check(path)
@@ -172,8 +172,8 @@ def check_images(tables, skip_bad_images=False, workers=None):
     train, test = tables.train, tables.test
     masks = [path for frame in (train, test) for path in frame['mask_path'].dropna()]
     bad = find_bad_images([*train['path'], *test['path'], *masks], workers)
-    shown = ', '.join(f'{os.path.relpath(path, tables.data_dir)} ({reason})' for path, reason in list(bad.items())[:10])
-    shown = f'{len(bad)} image files cannot be read: {shown}{" ..." if len(bad) > 10 else ""}'
+    named = [f'{os.path.relpath(path, tables.data_dir)} ({reason})' for path, reason in bad.items()]
+    shown = f'{len(bad)} image files cannot be read: {", ".join(named[:10])}{" ..." if len(bad) > 10 else ""}'
     if bad and not skip_bad_images:
         raise UserError(f'{shown}; replace them, or set skip_bad_images = True to go on without them')
     train = train[~train['path'].isin(bad)].reset_index(drop=True)

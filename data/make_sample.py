@@ -1,7 +1,5 @@
 """Draws the sample: synthetic fluke photographs in Kaggle's layout, with boxes, masks and the truth.
 
-    python -m data.make_sample [--out data/sample] [--seed 0]
-
 An animal is a flat picture of its fluke, outline and pigment; a photograph is one view of it: the picture
 bent, tilted, lit, splashed and set into a sea. Animals and photographs have their own random streams, so that
 the files do not depend on how many processes draw them.
@@ -41,14 +39,13 @@ sea_colours = np.array([[24, 48, 82], [40, 78, 120], [88, 136, 186], [112, 120, 
                         [64, 84, 84], [150, 160, 168], [218, 222, 226], [34, 40, 50]]) / 255
 
 
-def random_names(rng, count, pattern, digits):
-    """`count` different names, each a random number of hexadecimal `digits` put into `pattern`."""
-    return [pattern.format(number) for number in rng.choice(16 ** digits, count, replace=False)]
-
-
 def plan_photographs(seed, num_ids):
     """Decide who is photographed how often: DataFrame (Image, Id, animal, split), one row a photograph."""
     rng = np.random.default_rng([seed, plan_stream])
+
+    def names(count, pattern, digits):
+        return [pattern.format(number) for number in rng.choice(16 ** digits, count, replace=False)]
+
     num_single = round(single_share * num_ids)
     sizes = np.minimum(rng.geometric(0.14, num_ids) + 1, max_images)
     sizes[:num_single] = 1
@@ -61,11 +58,10 @@ def plan_photographs(seed, num_ids):
     unnamed_test = num_ids + num_new + rng.integers(0, round(0.8 * test_new) + 1, test_new)
     train = np.concatenate([np.repeat(np.arange(num_ids), sizes), unnamed])
     animal = np.concatenate([train, rng.choice(num_single, test_single), repeated, unnamed_test])
-    ids = np.append(random_names(rng, num_ids, 'w_{:07x}', 7), 'new_whale')
-    plan = pd.DataFrame({'Image': random_names(rng, len(animal), '{:09x}.jpg', 9),
-                         'Id': ids[np.minimum(animal, num_ids)], 'animal': animal,
-                         'split': np.where(np.arange(len(animal)) < len(train), 'train', 'test')})
-    return plan.sort_values('Image', ignore_index=True)
+    ids = np.append(names(num_ids, 'w_{:07x}', 7), 'new_whale')
+    split = np.where(np.arange(len(animal)) < len(train), 'train', 'test')
+    plan = {'Image': names(len(animal), '{:09x}.jpg', 9), 'Id': ids[np.minimum(animal, num_ids)]}
+    return pd.DataFrame({**plan, 'animal': animal, 'split': split}).sort_values('Image', ignore_index=True)
 
 
 def noise(rng, height, width, rows, columns):
@@ -125,7 +121,7 @@ def draw_marks(rng, albedo):
 def draw_animal(seed, animal, num_ids):
     """The flat picture of one fluke: (canvas_h, canvas_w, 2) float32, reflectance and cover, both 0..1."""
     rng = np.random.default_rng([seed, animal_stream, animal])
-    if num_ids - round(mirror_share * num_ids) <= animal < num_ids:     # another id's mirror, with some more scars
+    if num_ids - round(mirror_share * num_ids) <= animal < num_ids:     # another's mirror, and more scars
         picture = draw_animal(seed, animal - num_ids // 2, num_ids)[:, ::-1]
         albedo = np.uint8(255 * picture[..., 0])
         draw_marks(rng, albedo)
@@ -179,8 +175,8 @@ def place_fluke(rng, cover, view, height, width):
 
 
 def draw_sea(rng, height, width):
-    """Waves, glints and sometimes a horizon: image (height, width, 3) about 0..1, and the water's colour (3,)."""
-    colour = sea_colours[rng.integers(len(sea_colours))] * rng.uniform(0.8, 1.2) + rng.normal(0, 0.012, 3)
+    """Waves, glints, sometimes a horizon: image (height, width, 3) about 0..1, and the water's colour (3,)."""
+    colour = rng.choice(sea_colours) * rng.uniform(0.8, 1.2) + rng.normal(0, 0.012, 3)
     waves = sum(strength * noise(rng, height, width, height / size, width / (size * rng.uniform(3, 6)))
                 for size, strength in [(28, 0.4), (11, 0.5), (5, 0.5), (2.5, 0.4)])
     shade = rng.uniform(0.03, 0.14) * waves + rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, height)[:, None]
@@ -196,7 +192,7 @@ def draw_sea(rng, height, width):
 
 
 def draw_foam(rng, near):
-    """Foam, drops and sometimes a veil of spray, 0..1, where `near` (H, W), 1 at the water and 0 far off, is high."""
+    """Foam, drops, sometimes a veil of spray: 0..1, where `near` (H, W) is high: 1 at the water, 0 far off."""
     height, width = near.shape
     froth = sum(noise(rng, height, width, height / size, width / (2 * size)) for size in (2, 5, 11))
     foam = smoothstep(froth + rng.uniform(1, 5) * near, 1.0, 4.5) * smoothstep(near, 0.0, 0.4)
@@ -221,25 +217,22 @@ def develop(rng, image):
 
 def draw_photograph(rng, fluke):
     """One photograph of a flat `fluke`: image (H, W, 3) uint8 RGB and mask (H, W) uint8 0/255."""
-    width = int(rng.integers(300, 421))
+    width, view = int(rng.integers(300, 421)), draw_view(rng)
     height = round(width / np.clip(rng.normal(2.0, 0.3), 1.45, 2.8))
-    view = draw_view(rng)
     scale, notch_x, notch_y, water = place_fluke(rng, fluke[..., 1], view, height, width)
     x, y = np.meshgrid(np.arange(width), np.arange(height))
-    maps = view((x - notch_x) / scale, (y - notch_y) / scale)
-    albedo, cover = np.split(cv2.remap(fluke, *maps, cv2.INTER_LINEAR), 2, axis=2)     # (H, W, 1) each
+    fluke = cv2.remap(fluke, *view((x - notch_x) / scale, (y - notch_y) / scale), cv2.INTER_LINEAR)
+    albedo, cover = np.split(fluke, 2, axis=2)      # (H, W, 1) each
     sea, sea_colour = draw_sea(rng, height, width)
-
     surface = water + scale * 0.04 * noise(rng, 1, width, 2, width / 25)        # (1, W) the water in front
     cover = cover * smoothstep(surface - y, -1, 1)[..., None]
     lobe = smoothstep(x, notch_x - 0.15 * scale, notch_x + 0.15 * scale)        # 0 left, 1 right
     light = rng.uniform(0.7, 1.1) + rng.normal(0, 0.15) * (lobe - 0.5) + 0.1 * noise(rng, height, width, 3, 4)
     haze = rng.uniform(0, 0.18) + 0.06 * noise(rng, height, width, 4, 8)        # wet skin mirrors the sky
     skin = light[..., None] * (0.05 + rng.uniform(0.55, 1.0) * albedo)
-    skin = skin + haze[..., None] * (0.4 + 0.6 * sea_colour)
-    image = sea * (1 - cover) + skin * cover
-    near = np.exp(-np.abs(y - surface) / (scale * rng.uniform(0.03, 0.14)) - np.abs(x - notch_x) / (0.9 * scale))
-    foam = draw_foam(rng, near)[..., None]
+    image = sea * (1 - cover) + (skin + haze[..., None] * (0.4 + 0.6 * sea_colour)) * cover
+    near = np.abs(y - surface) / rng.uniform(0.03, 0.14) + np.abs(x - notch_x) / 0.9
+    foam = draw_foam(rng, np.exp(-near / scale))[..., None]
     image = image * (1 - foam) + (0.75 + 0.2 * sea_colour) * foam
     return develop(rng, image), np.uint8(255 * (cover[..., 0] > 0.5))
 
@@ -258,14 +251,14 @@ def write_photograph(job):
     return np.rint(box).clip(0, [mask.shape[1], mask.shape[0]] * 2).astype(int)
 
 
-def is_drawn(out, stamp):
-    """Whether the folder `out` holds the whole sample that `stamp` describes."""
+def is_drawn(out, stamp, plan):
+    """Whether the folder `out` holds the whole sample that stamp and plan describe."""
+    tables = ['train.csv', 'bboxes.csv', 'sample_submission.csv', 'test_labels.csv']
     try:
-        tables = [out / name for name in ('train.csv', 'bboxes.csv', 'sample_submission.csv', 'test_labels.csv')]
-        return json.loads((out / 'sample.json').read_text()) == stamp and all(map(Path.is_file, tables)) and all(
-            len(os.listdir(out / split)) == count for split, count in stamp['images'].items())
+        same = json.loads((out / 'sample.json').read_text()) == stamp
     except (OSError, ValueError):
         return False
+    return same and all((out / name).is_file() for name in [*tables, *(plan['split'] + '/' + plan['Image'])])
 
 
 def draw_sample(out='data/sample', seed=0, num_ids=num_ids, workers=None):
@@ -274,42 +267,34 @@ def draw_sample(out='data/sample', seed=0, num_ids=num_ids, workers=None):
     The same seed gives the same bytes. Drawn beside `out` and then renamed, it is there whole or not at all.
     Raises UserError when `out` holds something else.
     """
-    out = Path(out)
-    plan = plan_photographs(seed, num_ids)
-    count = plan['split'].value_counts().to_dict()
-    stamp = {'version': version, 'seed': seed, 'num_ids': num_ids, 'images': count}
-    if is_drawn(out, stamp):
+    out, plan = Path(out), plan_photographs(seed, num_ids)
+    stamp = {'version': version, 'seed': seed, 'num_ids': num_ids}
+    if is_drawn(out, stamp, plan):
         print(f'{out} already holds this sample')
         return False
     if out.exists() and not (out / 'sample.json').is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} is not a sample drawn before: remove it, or choose another folder with --out')
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name}-'))
-    try:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as temporary:
+        folder = Path(temporary) / 'sample'
         for name in ('train', 'test', 'masks'):
-            (folder / name).mkdir()
+            (folder / name).mkdir(parents=True)
         ordered = plan.sort_values(['animal', 'Image'])     # neighbours share an animal's picture
         jobs = [(folder, seed, num_ids, *row) for row in ordered[['animal', 'Image', 'split']].itertuples()]
-        workers = workers or os.cpu_count()
-        context = multiprocessing.get_context('spawn')
+        workers, context = workers or os.cpu_count(), multiprocessing.get_context('spawn')
         with ProcessPoolExecutor(workers, context) if workers > 1 else nullcontext() as pool:
             drawn = pool.map(write_photograph, jobs, chunksize=8) if pool else map(write_photograph, jobs)
             boxes = list(tqdm(drawn, 'photographs', len(jobs)))
         boxes = pd.DataFrame(boxes, ordered['Image'], ['x0', 'y0', 'x1', 'y1'])
         boxes.sort_index().to_csv(folder / 'bboxes.csv')
-        train, test = (plan.loc[plan.split == split, ['Image', 'Id']] for split in ('train', 'test'))
-        train.to_csv(folder / 'train.csv', index=False)
-        test.to_csv(folder / 'test_labels.csv', index=False)
-        guess = ' '.join(['new_whale', *sorted(train['Id'].unique())[:4]])
-        test.assign(Id=guess).to_csv(folder / 'sample_submission.csv', index=False)
+        train, test = (plan.loc[plan['split'] == split, ['Image', 'Id']] for split in ('train', 'test'))
+        guess = test.assign(Id=' '.join(['new_whale', *sorted(set(train['Id']) - {'new_whale'})[:4]]))
+        for name, table in [('train', train), ('test_labels', test), ('sample_submission', guess)]:
+            table.to_csv(folder / f'{name}.csv', index=False)
         (folder / 'sample.json').write_text(json.dumps(stamp))
-        os.chmod(folder, 0o755)
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return True
 
 

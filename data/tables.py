@@ -24,10 +24,10 @@ NEW_PER_NAMED = 31 / 69   # new_whale images for each named one in a fold, about
 class Tables:
     """What the files of one `data_dir` say.
 
-    ids: the N names in sorted order. group: (N,) int64, equal for ids that are one whale; None without the file.
+    ids: the N names in sorted order. group: (N,) int64, equal for ids of one whale; None: unknown.
     train: a row an image: Image, Id, label (int64), path, x0, y0, x1, y1 (pixels; NaN: no box), mask_path and
         mask_rle (str or None), source ('train' or 'playground').
-    test: the same without Id, label and source; may be empty. notes: a line for the log on each optional part.
+    test: the same without Id, label and source; may be empty. notes: a line for each optional part.
     """
     data_dir: Path
     ids: list
@@ -47,12 +47,11 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True):
     new_whale's label is 2N, or N where a mirrored animal is the same animal (`flip_is_new_id` False).
     With `check_files` False the images listed need not exist.
     """
-    data_dir, notes = Path(data_dir), []
-    csv = data_dir / 'train.csv'
+    data_dir, csv, notes = Path(data_dir), Path(data_dir) / 'train.csv', []
     if not csv.is_file():
-        raise UserError(f'data_dir = {data_dir} holds no train.csv: unpack the data of https://www.kaggle.com/c/'
-                        'humpback-whale-identification/data so that train.csv and train/ lie in it, or draw the '
-                        'sample with `python -m data.make_sample`')
+        raise UserError(f'data_dir = {data_dir} holds no train.csv: unpack '
+                        'https://www.kaggle.com/c/humpback-whale-identification/data so that train.csv and '
+                        'train/ lie in it, or draw the sample with `python -m data.make_sample`')
     train = read_labels(csv).assign(source='train')
     ids = sorted(set(train['Id']) - {NEW_WHALE})
     if not ids:
@@ -60,9 +59,8 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True):
     _find_images(train, data_dir / 'train', csv, check_files, notes)
     playground = _read_playground(data_dir / 'playground', ids, train, check_files, notes)
     train = pd.concat([train, playground], ignore_index=True)
-    label_of = {name: label for label, name in enumerate(ids)}
-    label_of[NEW_WHALE] = (2 if flip_is_new_id else 1) * len(ids)
-    train['label'] = train['Id'].map(label_of).astype('int64')
+    label = train['Id'].map(dict(zip(ids, range(len(ids)))))
+    train['label'] = label.fillna((2 if flip_is_new_id else 1) * len(ids)).astype('int64')
     test = _read_test(data_dir, check_files, notes)
     _add_boxes((train, test), data_dir / 'bboxes.csv', notes)
     _add_masks((train, test), data_dir / 'masks', data_dir / 'masks.csv', notes)
@@ -75,9 +73,9 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True):
 def validation_fold(train, fold, seed=0):
     """Rows of `train` that validate: boolean (rows,). `fold` 0..4 are independent draws, which may overlap.
 
-    A third of the ids with two images or more, at most 512, give one image each; new_whale images are added until
-    they are 31% of the fold, or half of them are in it. Playground images and an id's only image stay in training.
-    The draw depends on the images' names and the order of the ids, not on the order of the rows.
+    A third of the ids with two images or more, at most 512, give one image each; new_whale images join until
+    they are 31% of the fold, or half of them are in it. Playground images and an id's only image are left in
+    training. The draw depends on the images' names and the order of the ids, not on the order of the rows.
     """
     if fold not in range(NUM_FOLDS):
         raise UserError(f'fold = {fold!r} does not exist: choose one of 0 to {NUM_FOLDS - 1}')
@@ -90,8 +88,7 @@ def validation_fold(train, fold, seed=0):
     repeated = np.unique(labels[labels.duplicated()])
     num_ids = min(MAX_FOLD_IDS, len(repeated) // 3)
     if num_ids == 0:
-        raise UserError('validation needs three ids with two images or more, and train.csv has '
-                        f'{len(repeated)}: label more images')
+        raise UserError(f'train.csv has {len(repeated)} ids with two images or more; validation needs three')
     chosen = labels.isin(rng.choice(repeated, num_ids, replace=False)) & ~labels.duplicated()
     num_new = min(round(NEW_PER_NAMED * num_ids), len(new) // 2)
     valid = np.zeros(len(train), bool)
@@ -103,13 +100,13 @@ def validation_fold(train, fold, seed=0):
 def training_rows(train, valid, min_num_class):
     """Rows outside `valid` to learn from: new_whale, and ids with `min_num_class` images there (0: all)."""
     is_new = (train['Id'] == NEW_WHALE).to_numpy()
-    named = ~is_new & ~np.asarray(valid)
+    named = ~is_new & ~valid
     count = train['Id'].map(train['Id'][named].value_counts()).fillna(0).to_numpy()
     keep = named & (count >= min_num_class)
     if not keep.any():
-        raise UserError(f'no id has min_num_class = {min_num_class} images outside validation; the largest has '
-                        f'{int(count.max(initial=0))}: lower min_num_class')
-    return keep | (is_new & ~np.asarray(valid))
+        raise UserError(f'no id has min_num_class = {min_num_class} images outside validation; '
+                        f'the largest has {int(count.max(initial=0))}: lower min_num_class')
+    return keep | (is_new & ~valid)
 
 
 def read_csv(path, columns, unique=True):
@@ -122,16 +119,15 @@ def read_csv(path, columns, unique=True):
             warnings.simplefilter('error', pd.errors.ParserWarning)  # each row is longer than the first line
             table = pd.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False, index_col=False)
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f'{path} cannot be read as CSV ({str(error).strip()}): save it as CSV in UTF-8') from error
+        raise UserError(f'{path} is not a CSV file ({str(error).strip()}): save it as UTF-8 CSV') from error
     missing = [name for name in columns if name not in table]
     if missing:
-        raise UserError(f'{path} has no column {" and ".join(missing)}: it must begin with the line '
-                        f'{",".join(columns)}, and begins with {",".join(table.columns)[:80]!r}')
+        raise UserError(f'{path} has no column {" and ".join(missing)} but {",".join(table.columns)[:80]!r}: '
+                        f'its first line must be {",".join(columns)}')
     table.index += 2
     table = table.loc[(table != '').any(axis=1), list(columns)]
-    if unique:
-        repeated = table[columns[0]].duplicated(keep=False)
-        _refuse(path, table, repeated, 'lists an image more than once', 'keep one row for each')
+    repeated = table[columns[0]].duplicated(keep=False) & unique
+    _refuse(path, table, repeated, 'lists an image more than once', 'keep one row for each')
     return table
 
 
@@ -140,10 +136,10 @@ def read_labels(path, columns=('Image', 'Id')):
     table = read_csv(path, columns)
     if table.empty:
         raise UserError(f'{path} has no rows: it needs one line for each image')
-    image, blank = table['Image'], table.apply(lambda column: column.str.strip() == '').any(axis=1)
-    _refuse(path, table, blank, 'has rows without an image name or an id', f'fill them in ({NEW_WHALE}: no id)')
-    _refuse(path, table, image.str.contains(r'[/\\\0]') | image.isin(['.', '..']), 'has image names that are paths',
-            'write the bare name of a file in the image folder')
+    blank = table.apply(lambda column: column.str.strip() == '').any(axis=1)
+    _refuse(path, table, blank, 'has rows without an image or an id', f'fill in ({NEW_WHALE} if unknown)')
+    is_path = table['Image'].str.contains(r'[/\\]') | table['Image'].isin(['.', '..'])
+    _refuse(path, table, is_path, 'has image names that are paths', 'write bare names of files in the folder')
     if 'Id' in columns:
         _refuse(path, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them',
                 'write _ in its place, since a submission separates ids by spaces')
@@ -153,9 +149,8 @@ def read_labels(path, columns=('Image', 'Id')):
 def _refuse(path, table, bad, what, remedy):
     """UserError that shows the first rows where `bad` is true, by line number."""
     if bad.any():
-        rows = table[bad].head(5)
-        shown = [f'line {line}: {",".join(row)[:60]}' for line, row in zip(rows.index, rows.to_numpy())]
-        raise UserError(f'{path} {what} ({"; ".join(shown + ["..."] * (bad.sum() > 5))}): {remedy}')
+        shown = [f'line {row[0]}: {",".join(row[1:])[:60]}' for row in table[bad].head(5).itertuples()]
+        raise UserError(f'{path} {what} ({"; ".join(shown)}{"; ..." if bad.sum() > 5 else ""}): {remedy}')
 
 
 def _find_images(table, folder, csv, check_files, notes):
@@ -169,8 +164,8 @@ def _find_images(table, folder, csv, check_files, notes):
     missing = table['Image'][~table['Image'].isin(present)]
     if len(missing):
         raise UserError(f'{len(missing)} of the {len(table)} images that {csv} lists are not in {folder} '
-                        f'({", ".join(missing[:5])}{" ..." if len(missing) > 5 else ""}): unpack them directly into '
-                        'that folder, or delete their rows')
+                        f'({", ".join(missing[:5])}{" ..." if len(missing) > 5 else ""}): unpack them right '
+                        'there, or delete their rows')
     unlisted = sorted(name for name in present.difference(table['Image']) if not name.startswith('.'))
     if unlisted:
         notes.append(f'{folder.name}/: {len(unlisted)} files, {unlisted[0]} the first, are not in {csv.name}')
@@ -183,10 +178,10 @@ def _read_playground(folder, ids, train, check_files, notes):
         notes.append('playground/train.csv: absent, no playground images')
         return train.head(0)
     table = read_labels(csv).assign(source='playground')
-    is_known, is_listed = table['Id'].isin(ids), table['Image'].isin(train['Image'])
-    is_new = table['Id'] == NEW_WHALE
+    is_new, is_known = table['Id'] == NEW_WHALE, table['Id'].isin(ids)
+    is_listed = table['Image'].isin(train['Image'])
     notes.append(f'playground/train.csv: {(is_known & ~is_listed).sum()} images join training; left out '
-                 f'{is_new.sum()} of {NEW_WHALE}, {(~is_known & ~is_new).sum()} of ids that train.csv does not have, '
+                 f'{is_new.sum()} of {NEW_WHALE}, {(~is_known & ~is_new).sum()} of ids not in train.csv, '
                  f'{(is_known & is_listed).sum()} that train.csv lists already')
     table = table[is_known & ~is_listed].copy()
     _find_images(table, folder / 'train', csv, check_files and len(table) > 0, [])
@@ -196,9 +191,8 @@ def _read_playground(folder, ids, train, check_files, notes):
 def _read_test(data_dir, check_files, notes):
     """Test images in the order of sample_submission.csv; an empty table, and a note, where there are none."""
     csv, folder = data_dir / 'sample_submission.csv', data_dir / 'test'
-    absent = [path.name for path in (csv, folder) if not path.exists() and (check_files or path == csv)]
-    if absent:
-        notes.append(f'{" and ".join(absent)}: absent, no test images')
+    if not csv.is_file() or check_files and not folder.is_dir():
+        notes.append(f'{folder.name if csv.is_file() else csv.name}: absent, no test images')
         return pd.DataFrame({'Image': [], 'path': []}, dtype=str)
     test = read_labels(csv, ['Image']).reset_index(drop=True)
     _find_images(test, folder, csv, check_files, notes)
@@ -212,25 +206,25 @@ def _add_boxes(frames, csv, notes):
         table = read_csv(csv, ['Image', *BOX])
         boxes = table[BOX].apply(pd.to_numeric, errors='coerce').astype('float64')
         no_box = ~np.isfinite(boxes).all(axis=1) | (boxes['x1'] <= boxes['x0']) | (boxes['y1'] <= boxes['y0'])
-        _refuse(csv, table, no_box, 'has boxes that are not four numbers with x0 < x1 and y0 < y1', 'mend or delete them')
+        _refuse(csv, table, no_box, 'has boxes without x0 < x1 and y0 < y1', 'mend or delete them')
         boxes.index = table['Image']
+    found = []
     for frame in frames:
         frame[BOX] = boxes.reindex(frame['Image']).to_numpy()
-    found = [f'{frame["x0"].notna().sum()} of {len(frame)}' for frame in frames]
-    notes.append(f'bboxes.csv: boxes of {" training and ".join(found)} test images' if csv.is_file() else
-                 'bboxes.csv: absent, each box is the whole image')
+        found.append(f'{frame["x0"].notna().sum()} of {len(frame)}')
+    notes.append(f'bboxes.csv: boxes of {" training and ".join(found)} test images' if csv.is_file()
+                 else 'bboxes.csv: absent, each box is the whole image')
 
 
 def _add_masks(frames, folder, csv, notes):
-    """Add mask_path, from masks/NAME.png or .jpg, and mask_rle, from masks.csv for images without such a file."""
-    files = sorted(os.listdir(folder)) if folder.is_dir() else []
-    # .png comes after .jpg, and so wins where an image has both
-    files = {name[:-4]: str(folder / name) for name in files if name.endswith(('.jpg', '.png'))}
+    """Add mask_path, of masks/NAME.png or .jpg, and mask_rle, of masks.csv where there is no such file."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []  # in order, so that .png replaces .jpg
+    files = {name[:-4]: str(folder / name) for name in names if name.endswith(('.jpg', '.png'))}
     rles = {}
     if csv.is_file():
         table = read_csv(csv, ['id', 'rle_mask'])
-        malformed = ~table['rle_mask'].str.fullmatch(r'\s*(\d+\s+\d+\s*)*')
-        _refuse(csv, table, malformed, 'has masks that are not pairs of numbers', 'write start and length of each run')
+        no_mask = ~table['rle_mask'].str.fullmatch(r'\s*(\d+\s+\d+(\s+|$))*')
+        _refuse(csv, table, no_mask, 'has masks that are not pairs of numbers', 'write start length ...')
         rles = dict(zip(table['id'], table['rle_mask']))
     found = []
     for frame in frames:
@@ -240,13 +234,13 @@ def _add_masks(frames, folder, csv, notes):
                 for path, image, stem in zip(paths, frame['Image'], stems)]
         frame['mask_path'] = pd.Series(paths, frame.index, dtype=object)
         frame['mask_rle'] = pd.Series(runs, frame.index, dtype=object)
-        found.append(f'{frame[["mask_path", "mask_rle"]].notna().any(axis=1).sum()} of {len(frame)}')
-    notes.append(f'masks: of {" training and ".join(found)} test images' if files or rles else
-                 'masks/ and masks.csv: absent, each mask is zeros')
+        found.append(f'{(frame["mask_path"].notna() | frame["mask_rle"].notna()).sum()} of {len(frame)}')
+    notes.append(f'masks: of {" training and ".join(found)} test images' if files or rles
+                 else 'masks/ and masks.csv: absent, each mask is zeros')
 
 
 def _read_groups(csv, ids, notes):
-    """(N,) int64, equal for ids that are one whale, as all names in a row are; a group's own name may be one."""
+    """(N,) int64, equal for ids of one whale: all names in a row are, be one the name of the group."""
     if not csv.is_file():
         notes.append('duplicate_ids.csv: absent, each id is a whale of its own')
         return None

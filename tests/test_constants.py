@@ -58,6 +58,8 @@ def test_the_source_is_read_and_not_run(tmp_path, rules):
     (['--model_name=timm/a=b'], 'model_name', 'timm/a=b'),
     (['--checkPoint_start', '400'], 'checkPoint_start', 400),
     (['--checkPoint_start', 'best'], 'checkPoint_start', 'best'),
+    (['--checkPoint_start', 'true'], 'checkPoint_start', 'true'),
+    (['--checkPoint_start', '1e3'], 'checkPoint_start', '1e3'),
     (['--checkPoint_start', '1e3.pth'], 'checkPoint_start', '1e3.pth'),
     (['--scales', '(1, 2.5)'], 'scales', (1, 2.5)),
     (['--scales', '[1]'], 'scales', (1,)),

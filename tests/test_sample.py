@@ -61,7 +61,7 @@ def test_incomplete_or_old_is_drawn_again(tmp_path, spoil):
 
 def test_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / 'train.csv').write_text('Image,Id\n')
-    with pytest.raises(UserError, match='not a sample'):
+    with pytest.raises(UserError, match='not a sample drawn before'):
         draw_sample(tmp_path, num_ids=2, workers=1)
     assert os.listdir(tmp_path) == ['train.csv']
 
@@ -133,9 +133,9 @@ def test_mirrored_twins():
 def test_command_line_refuses_clearly(tmp_path):
     (tmp_path / 'mine.txt').touch()
     done = subprocess.run([sys.executable, '-m', 'data.make_sample', '--out', tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'not a sample' in done.stderr
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and 'not a sample drawn before' in done.stderr
 
 
 def test_is_drawn_survives_rubbish(tmp_path):
     (tmp_path / 'sample.json').write_text('{')
-    assert not is_drawn(tmp_path, {})
+    assert not is_drawn(tmp_path, {}, plan_photographs(0, 2))

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 def write_set(folder, rows, test=(), submission=True):
     """A data_dir in Kaggle's layout with empty image files; `rows` are (Image, Id)."""
-    for name, images in (('train', [image for image, _ in rows]), ('test', test)):
+    for name, images in {'train': [image for image, _ in rows], 'test': test}.items():
         (folder / name).mkdir(parents=True)
         for image in images:
             (folder / name / image).touch()
@@ -20,7 +20,8 @@ def write_set(folder, rows, test=(), submission=True):
     return folder
 
 
-ROWS = [('d.jpg', 'w_b'), ('a.jpg', NEW_WHALE), ('c.png', 'w_a'), ('b.jpg', 'w_b'), ('e.jpg', '001'), ('f.jpg', 'NA')]
+ROWS = [('d.jpg', 'w_b'), ('a.jpg', NEW_WHALE), ('c.png', 'w_a'), ('b.jpg', 'w_b'), ('e.jpg', '001'),
+        ('f.jpg', 'NA')]
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def kaggle(tmp_path_factory):
 def test_columns_labels_and_order(folder):
     tables = load_tables(folder)
     assert tables.ids == ['001', 'NA', 'w_a', 'w_b'] and tables.num_ids == 4
-    train = tables.train
-    assert list(train.columns) == ['Image', 'Id', 'label', 'path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle', 'source']
+    train, common = tables.train, ['path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle']
+    assert list(train.columns) == ['Image', 'Id', 'label', *common, 'source']
     assert train['Image'].tolist() == [image for image, _ in ROWS]
     assert train['label'].tolist() == [3, 8, 2, 3, 0, 1] and train['label'].dtype == np.int64
     assert train['path'].tolist() == [str(folder / 'train' / image) for image, _ in ROWS]
@@ -52,14 +53,15 @@ def test_columns_labels_and_order(folder):
     assert train['mask_path'].tolist() == train['mask_rle'].tolist() == [None] * 6
     assert (train['source'] == 'train').all() and tables.group is None
     assert tables.test['Image'].tolist() == ['z.jpg', 'y.jpg']
-    assert list(tables.test.columns) == ['Image', 'path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle']
+    assert list(tables.test.columns) == ['Image', *common]
     for optional in ('bboxes.csv', 'masks/', 'duplicate_ids.csv', 'playground'):
         assert any(optional in note and 'absent' in note for note in tables.notes)
     assert load_tables(folder, flip_is_new_id=False).train['label'].tolist() == [3, 4, 2, 3, 0, 1]
 
 
 def test_boxes_and_masks_are_matched_by_name(folder):
-    (folder / 'bboxes.csv').write_text('Image,x0,y0,x1,y1\nb.jpg,1,2,30.5,40\nother.jpg,0,0,1,1\ny.jpg,5,6,7,8\n')
+    rows = 'b.jpg,1,2,30.5,40\nother.jpg,0,0,1,1\ny.jpg,5,6,7,8\n'
+    (folder / 'bboxes.csv').write_text('Image,x0,y0,x1,y1\n' + rows)
     (folder / 'masks').mkdir()
     (folder / 'masks' / 'c.png').touch()
     (folder / 'masks' / 'z.jpg').touch()
@@ -76,7 +78,8 @@ def test_boxes_and_masks_are_matched_by_name(folder):
 
 
 def test_duplicate_ids_join_across_rows(folder):
-    (folder / 'duplicate_ids.csv').write_text(f'Id,SubId\ngroup_0,001 w_a\ngroup_1,w_x w_a {NEW_WHALE}\nw_y,{NEW_WHALE}\n')
+    rows = f'group_0,001 w_a\ngroup_1,w_x w_a {NEW_WHALE}\nNA,{NEW_WHALE}\n'
+    (folder / 'duplicate_ids.csv').write_text('Id,SubId\n' + rows)
     group = load_tables(folder).group
     assert group.dtype == np.int64 and group[0] == group[2] and len(set(group)) == 3
     (folder / 'duplicate_ids.csv').write_text('Id,SubId\nNA,w_b\nw_b,w_a\n')
@@ -93,7 +96,8 @@ def test_playground_joins_by_known_id_only(folder):
     assert joined['path'].tolist() == [str(folder / 'playground' / 'train' / 'p.jpg')]
     assert len(tables.train) == 7 and tables.train.index.tolist() == list(range(7))
     note, = [note for note in tables.notes if 'playground' in note]
-    assert '1 images join' in note and '1 of new_whale' in note and '1 of ids' in note and '1 that train.csv' in note
+    for words in ('1 images join', '1 of new_whale', '1 of ids not in', '1 that train.csv lists'):
+        assert words in note
     (folder / 'playground' / 'train' / 'p.jpg').unlink()
     with pytest.raises(UserError, match='p.jpg'):
         load_tables(folder)
@@ -105,6 +109,11 @@ def test_test_images_are_optional(folder, absent):
     tables = load_tables(folder)
     assert len(tables.test) == 0 and {'path', 'mask_path', 'x0'} <= set(tables.test.columns)
     assert any(absent in note for note in tables.notes)
+
+
+def test_byte_order_mark_is_no_part_of_a_name(folder):
+    (folder / 'train.csv').write_bytes(b'\xef\xbb\xbf' + (folder / 'train.csv').read_bytes())
+    assert load_tables(folder).num_ids == 4
 
 
 def test_files_that_no_row_lists_are_noted(folder):
@@ -127,11 +136,11 @@ def test_missing_files_are_counted_and_named(folder):
     (b'Image;Id\na.jpg;w_1\n', ['no column Image and Id']),
     (b'Image,Id\n', ['no rows']),
     (b'', ['not a CSV']),
-    (b'Image,Id\na.jpg,w_1,\n', ['not a CSV']),
+    (b'Image,Id\na.jpg,w_1,x\n', ['not a CSV']),
     (b'Image,Id\na.jpg,w_1\na,b,c\n', ['not a CSV', 'line 3']),
     (b'\xff\xd8\xff\xe0\x00\x10JFIF', ['not a CSV', 'UTF-8']),
-    (b'Image,Id\na.jpg,w_1\n\nb.jpg,\nc.jpg\n', ['without an id', 'line 4', 'line 5']),
-    (b'Image,Id\n ,w_1\n', ['without an image name', 'line 2']),
+    (b'Image,Id\na.jpg,w_1\n\nb.jpg,\nc.jpg\n', ['without an image or an id', 'line 4', 'line 5']),
+    (b'Image,Id\n ,w_1\n', ['without an image', 'line 2']),
     (b'Image,Id\na.jpg,w_1\nb.jpg,w_2\na.jpg,w_2\n', ['more than once', 'line 2', 'line 4']),
     (b'Image,Id\na.jpg,w_1\nb.jpg,w_1\na.jpg,w_1\n', ['more than once']),
     (b'Image,Id\na.jpg,white fluke\n', ['space', 'line 2', '_']),
@@ -152,12 +161,13 @@ def test_bad_train_csv_is_refused_in_one_sentence(folder, text, said):
 @pytest.mark.parametrize('name, text, said', [
     ('sample_submission.csv', 'Image,Id\nz.jpg,x\nz.jpg,x\n', 'more than once'),
     ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,0,9,9\nb.jpg,0,zero,9,9\n', 'line 3'),
-    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,0,inf,9\n', 'four numbers'),
-    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,9,0,9,9\n', 'without an area'),
-    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,9,9,8\n', 'without an area'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,0,inf,9\n', 'line 2'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,9,0,9,9\n', 'x0 < x1'),
+    ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,9,9,8\n', 'x0 < x1'),
     ('bboxes.csv', 'Image,x0,y0,x1\na.jpg,0,9,9\n', 'no column y1'),
     ('bboxes.csv', 'Image,x0,y0,x1,y1\na.jpg,0,0,9,9\na.jpg,0,0,8,8\n', 'more than once'),
     ('masks.csv', 'id,rle_mask\na.jpg,1 2 3\n', 'pairs'),
+    ('masks.csv', 'id,rle_mask\na.jpg,' + 99 * '123 45 ' + '6\n', 'pairs'),
     ('masks.csv', 'id,rle_mask\na.jpg,1 2\na.jpg,1 2\n', 'more than once'),
     ('duplicate_ids.csv', 'a,b\nw_a,w_b\n', 'no column Id and SubId'),
 ])
@@ -172,7 +182,7 @@ def test_missing_data_says_where_to_get_it(tmp_path):
     for data_dir in (tmp_path / 'nowhere', tmp_path):
         with pytest.raises(UserError) as caught:
             load_tables(data_dir)
-        for words in (str(data_dir), 'kaggle.com/c/humpback-whale-identification', 'python -m data.make_sample'):
+        for words in (str(data_dir), 'kaggle.com/c/humpback-whale', 'python -m data.make_sample'):
             assert words in str(caught.value)
 
 
@@ -211,7 +221,8 @@ def test_fold_is_512_ids_and_230_new_whales(kaggle):
         assert count[valid].min() >= 2
         folds.append(valid)
     assert all((folds[a] != folds[b]).any() for a in range(5) for b in range(a))
-    assert (validation_fold(train, 0) == folds[0]).all() and (validation_fold(train, 0, seed=1) != folds[0]).any()
+    assert (validation_fold(train, 0) == folds[0]).all()
+    assert (validation_fold(train, 0, seed=1) != folds[0]).any()
 
 
 def test_fold_takes_any_image_of_an_id(kaggle):
@@ -232,15 +243,16 @@ def test_fold_depends_on_neither_row_order_nor_id_names(kaggle):
 
 
 def test_fold_of_a_small_set():
-    rows = [(f'{k:03}{n}', f'w_{k}', k, 'train') for k in range(10) for n in range(2)]
-    rows += [(f'n{n}', NEW_WHALE, 99, 'train') for n in range(2)] + [(f'p{k}', f'w_{k}', k, 'playground') for k in range(10)]
-    rows += [('s1', 'w_20', 20, 'train'), ('s1p', 'w_20', 20, 'playground')]
+    """30 ids with two images each, one with a second image in the playground only, three new_whale."""
+    rows = [(f'{k:03}{n}', f'w_{k}', k, 'train') for k in range(30) for n in range(2)]
+    rows += [(f'p{k}', f'w_{k}', k, 'playground') for k in range(31)] + [('single', 'w_30', 30, 'train')]
+    rows += [(f'n{n}', NEW_WHALE, 62, 'train') for n in range(3)]
     train = pd.DataFrame(rows, columns=['Image', 'Id', 'label', 'source'])
     for fold in range(5):
         chosen = train[validation_fold(train, fold)]
-        assert (chosen['source'] == 'train').all() and 'w_20' not in set(chosen['Id'])
-        assert (chosen['Id'] == NEW_WHALE).sum() == 1 and len(chosen) == 3 + 1   # 10 // 3 ids, half of two new_whale
-    with pytest.raises(UserError, match='two images'):
+        assert (chosen['source'] == 'train').all() and 'single' not in set(chosen['Image'])
+        assert (chosen['Id'] == NEW_WHALE).sum() == 1 and len(chosen) == 10 + 1
+    with pytest.raises(UserError, match='2 ids with two images'):
         validation_fold(train[:4], 0)
 
 

@@ -12,9 +12,8 @@ from utils.errors import UserError
 from utils.files import write_whole
 
 RULER = '# ' + '-' * 20  # or longer
-# A text from the command line is tried as each of its constant's types in this order.
-KINDS = {bool: 'true or false', NoneType: 'none', int: 'a whole number', float: 'a number',
-         tuple: 'a tuple such as (1, 2)', list: 'a list such as [1, 2]', str: 'a text'}
+KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text', NoneType: 'none',
+         tuple: 'a tuple such as (1, 2)', list: 'a list such as [1, 2]'}
 
 
 def read_constants(script_path, argv, rules=None):
@@ -118,15 +117,15 @@ def _nearest(name, names):
 
 
 def _from_text(text, types):
-    for kind in (kind for kind in KINDS if kind in types):
-        if kind is str:
+    """A text that reads as a value of one of `types` is that value; else it stays a text, if one is allowed."""
+    word = text.strip()
+    word = word.capitalize() if word.lower() in ('true', 'false', 'none') else word
+    try:
+        return _as_type(ast.literal_eval(word), [kind for kind in types if kind is not str])
+    except (ValueError, TypeError, SyntaxError):
+        if str in types:
             return text
-        word = text.strip().capitalize() if kind in (bool, NoneType) else text.strip()
-        try:
-            return _as_type(ast.literal_eval(word), (kind,))
-        except (ValueError, TypeError, SyntaxError):
-            continue
-    raise ValueError(text)
+        raise ValueError(text) from None
 
 
 def _as_type(value, types):

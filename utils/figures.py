@@ -44,14 +44,17 @@ def plot_curves(evaluations, path):
             axes.legend(edgecolor='none', fontsize=9)
         return axes
 
-    draw(panels['L'], 'training loss and its parts', loss=('joint loss', DARK, '-'), sigmoid=('sigmoid', BLUE, '-'),
-         triplet=('triplet', ORANGE, '-'), local=('local triplet', GREEN, '-')).set_ylim(bottom=0)
-    draw(panels['M'], 'MAP@5, top-1, top-5', valid_map5=('validation MAP@5', BLUE, '-'),
-         valid_top1=('validation top-1', BLUE, '--'), valid_top5=('validation top-5', BLUE, ':'),
-         train_map5=('training MAP@5', ORANGE, '-'), train_top1=('training top-1', ORANGE, '--')).set_ylim(0, 1.02)
+    draw(panels['L'], 'training loss and its parts',
+         loss=('joint loss', DARK, '-'), sigmoid=('sigmoid', BLUE, '-'), triplet=('triplet', ORANGE, '-'),
+         local=('local triplet', GREEN, '-')).set_ylim(bottom=0)
+    draw(panels['M'], 'MAP@5, top-1, top-5',
+         valid_map5=('validation MAP@5', BLUE, '-'), valid_top1=('validation top-1', BLUE, '--'),
+         valid_top5=('validation top-5', BLUE, ':'), train_map5=('training MAP@5', ORANGE, '-'),
+         train_top1=('training top-1', ORANGE, '--')).set_ylim(0, 1.02)
     rates = draw(panels['r'], 'learning rate', lr=('', DARK, '-'))
     rates.set_yscale('log')
-    rates.set_yticks(table['lr'].agg(['min', 'max']), table['lr'].agg(['min', 'max']).map('{:g}'.format))
+    ends = table['lr'].min(), table['lr'].max()
+    rates.set_yticks(ends, [f'{rate:g}' for rate in ends])
     rates.minorticks_off()
     draw(panels['t'], 'threshold of new_whale', threshold=('', PINK, '-'))
     draw(panels['a'], 'share of triplets that still teach', active=('', GREEN, '-')).set_ylim(0, 1.02)
@@ -61,15 +64,15 @@ def plot_curves(evaluations, path):
 def plot_matches(path, queries, query_titles, matches, match_titles, right=None):
     """Queries, each beside its nearest gallery images, best first.
 
-    `queries` (Q) and `matches` (Q, up to 5) hold crops (H, W, 3) uint8, `query_titles` and `match_titles` what to
-    write above each. `right` (Q, up to 5) bool, when known, frames right matches green and wrong ones red.
+    `queries` (Q) and `matches` (Q, up to 5) hold crops (H, W, 3) uint8, `query_titles` and `match_titles`
+    the text above each. `right` (Q, up to 5) bool, when known, frames right matches green, wrong ones red.
     """
     figure, axes = _grid(len(queries), 1 + max(len(row) for row in matches), queries[0])
     for i, query in enumerate(queries):
         _show(axes[i, 0], query, query_titles[i], DARK).title.set_weight('bold')
         for j, match in enumerate(matches[i]):
-            mark, colour, line = ('', GREY, 0.8) if right is None else ('✓ ', GREEN, 3) if right[i][j] else ('✗ ', RED, 3)
-            _show(axes[i, j + 1], match, mark + match_titles[i][j], colour, line)
+            look = ('', GREY, 0.8) if right is None else ('✓ ', GREEN, 3) if right[i][j] else ('✗ ', RED, 3)
+            _show(axes[i, j + 1], match, look[0] + match_titles[i][j], *look[1:])
     _save(figure, path, 100)
 
 
@@ -88,47 +91,45 @@ def draw_model(path):
     _photo(axes, 2, 16, 19, 9.5, sea='black', skin='white')
     _text(axes, 11.5, 43.6, 'photograph cut to the fluke\nRGB, 256 x 512 x 3')
     _text(axes, 11.5, 13.4, 'mask, 256 x 512 x 1\n(zeros where unknown)')
-    axes.add_patch(Polygon([(27, 40), (41, 35), (41, 22), (27, 17)], facecolor='#DCE9F3', edgecolor=BLUE, lw=1.5))
+    axes.add_patch(Polygon([(27, 40), (41, 35), (41, 22), (27, 17)], fc='#DCE9F3', ec=BLUE, lw=1.5))
     _text(axes, 34, 28.5, 'backbone\nSENet154,\nSE-ResNeXt, or\nany of timm')
     for shift in (1.6, 0.8, 0):
-        axes.add_patch(Rectangle((45 + shift, 25 + shift), 6, 6, facecolor='white', edgecolor=BLUE, lw=1))
+        axes.add_patch(Rectangle((45 + shift, 25 + shift), 6, 6, fc='white', ec=BLUE, lw=1))
     _text(axes, 46, 22.4, 'features\nC x h x w', colour=GREY)
 
-    for x, width, text in ((62, 10, 'average\npooling'), (74, 10, 'batch norm\nneck'),
-                           (86, 10, 'L2: vector\nof length 1'), (98, 10, 'x 16, linear:\n2N logits')):
-        _box(axes, x, 40, width, text, BLUE)
-    for x, text in ((62, '1 x 1 conv\nto 512, BN'), (74, 'average of\neach strip'), (86, 'L2 of\neach strip')):
-        _box(axes, x, 5.5, 10, text, GREEN)
-    for y, text in ((40, 'sigmoid loss: 2N binary\nclassifiers, the 30 hardest'),
-                    (27, 'triplet loss: hardest pair\nby Euclidean distance'),
-                    (5.5, 'aligned triplet loss: shortest\npath between the strips')):
-        _box(axes, 117.5, y, 19, text, RED)
-    _box(axes, 141.5, 27, 10, 'weighted\njoint loss', DARK)
-
+    for x, y, width, colour, text in (
+            (62, 40, 10, BLUE, 'average\npooling'), (74, 40, 10, BLUE, 'batch norm\nneck'),
+            (86, 40, 10, BLUE, 'L2: vector\nof length 1'), (98, 40, 10, BLUE, 'x 16, linear:\n2N logits'),
+            (62, 6, 10, GREEN, '1 x 1 conv\nto 512, BN'), (74, 6, 10, GREEN, 'average of\neach strip'),
+            (86, 6, 10, GREEN, 'L2 of\neach strip'), (141.5, 27, 10, DARK, 'weighted\njoint loss'),
+            (117.5, 40, 19, RED, 'sigmoid loss: 2N binary\nclassifiers, the 30 hardest'),
+            (117.5, 27, 19, RED, 'triplet loss: hardest pair\nby Euclidean distance'),
+            (117.5, 6, 19, RED, 'aligned triplet loss: shortest\npath between the strips')):
+        _box(axes, x, y, width, text, colour)
     for y in (36.5, 21):
         _arrow(axes, (21.3, y), (26.6, 28.5 + (y - 28.5) / 4))
     _arrow(axes, (41.2, 28.5), (44.7, 28.5))
     _arrow(axes, (50, 32.8), (56.6, 40), 'angle,angleA=90,angleB=180,rad=4')
-    _arrow(axes, (50, 24.8), (56.6, 5.5), 'angle,angleA=-90,angleB=180,rad=4')
-    for y, ends in ((40, (68.6, 80.6, 92.6, 107.6)), (5.5, (68.6, 80.6, 107.6))):
+    _arrow(axes, (50, 24.8), (56.6, 6), 'angle,angleA=-90,angleB=180,rad=4')
+    for y, ends in ((40, (68.6, 80.6, 92.6, 107.6)), (6, (68.6, 80.6, 107.6))):
         for start, end in zip((67.4, 79.4, 91.4, 103.4), ends):
             _arrow(axes, (start, y), (end, y))
     _arrow(axes, (86, 36.9), (107.6, 27), 'angle,angleA=-90,angleB=180,rad=4')
     _text(axes, 97, 24.4, 'also what is compared\nwith the gallery', colour=GREY)
     _arrow(axes, (127.4, 40), (141.5, 30.2), 'angle,angleA=0,angleB=-90,rad=4')
     _arrow(axes, (127.4, 27), (136.1, 27))
-    _arrow(axes, (127.4, 5.5), (141.5, 23.8), 'angle,angleA=0,angleB=90,rad=4')
-    for y, weight in ((41.4, 'w_sigmoid'), (28.4, 'w_triplet'), (6.9, 'w_local')):
+    _arrow(axes, (127.4, 6), (141.5, 23.8), 'angle,angleA=0,angleB=90,rad=4')
+    for y, weight in ((41.4, 'w_sigmoid'), (28.4, 'w_triplet'), (7.4, 'w_local')):
         _text(axes, 131.8, y, weight, colour=RED)
 
-    for row, (label, cell, name) in enumerate((('whale k', 3, 'class k'), ('its mirror image', 11, 'class k + N'),
-                                               ('new_whale', None, 'all zeros'))):
-        y = 56.5 - 3.4 * row
-        _photo(axes, 69, y - 1.3, 5.2, 2.6, mirror=row == 1, skin=GREY if cell is None else DARK)
+    for y, cell, label, name in (
+            (56.5, 3, 'whale k', 'class k'), (53.1, 11, 'its mirror image', 'class k + N'),
+            (49.7, None, 'new_whale', 'all zeros')):
+        _photo(axes, 69, y - 1.3, 5.2, 2.6, mirror=cell == 11, skin=GREY if cell is None else DARK)
         _text(axes, 75.5, y, label, align='left')
         for k in range(16):
-            axes.add_patch(Rectangle((89.5 + 2.4 * k + (k > 7), y - 1.2), 2.4, 2.4, lw=0.8, edgecolor=GREY,
-                                     facecolor=RED if k == cell else 'white'))
+            corner, fill = (89.5 + 2.4 * k + (k > 7), y - 1.2), RED if k == cell else 'white'
+            axes.add_patch(Rectangle(corner, 2.4, 2.4, lw=0.8, ec=GREY, fc=fill))
         _text(axes, 130.5, y, name, align='left')
     _text(axes, 99, 46.9, '0 ... N-1: the ids', colour=GREY)
     _text(axes, 119.2, 46.9, 'N ... 2N-1: the flipped ids', colour=GREY)
@@ -141,7 +142,8 @@ def draw_map5(path):
     """What MAP@5 counts, for the README: four images, their five guesses and what each earns."""
     axes = _canvas(100, 43)
     rows = (('w_a', 'w_a w_d new_whale w_b w_c', 0, '1'), ('w_b', 'w_c w_b new_whale w_a w_e', 1, '1/2'),
-            ('new_whale', 'w_e w_d w_a new_whale w_b', 3, '1/4'), ('w_c', 'w_a w_e w_b w_d new_whale', None, '0'))
+            ('new_whale', 'w_e w_d w_a new_whale w_b', 3, '1/4'),
+            ('w_c', 'w_a w_e w_b w_d new_whale', None, '0'))
     _text(axes, 15, 39.5, 'image and its true label', weight='bold')
     _text(axes, 93, 39.5, 'earns', weight='bold')
     for j, share in enumerate(('1', '1/2', '1/3', '1/4', '1/5')):
@@ -152,7 +154,7 @@ def draw_map5(path):
         _photo(axes, 3, y, 11, 5.5, mirror=i % 2 == 1)
         _text(axes, 21.5, y + 2.75, truth, size=10, weight='bold')
         for j, guess in enumerate(guesses.split()):
-            _box(axes, 37 + 12 * j, y + 2.75, 8.6, guess, *((GREEN, '#D9F0E8') if j == hit else (GREY,)))
+            _box(axes, 37 + 12 * j, y + 2.75, 8.6, guess, *((GREEN, '#D9F0E8') if j == hit else ('#BBBBBB',)))
         _text(axes, 93, y + 2.75, earned, size=12, weight='bold', colour=GREEN if hit is not None else RED)
     axes.plot([3, 97], [6, 6], color=GREY, lw=0.8)
     _text(axes, 50, 3, 'MAP@5 = the mean = (1 + 1/2 + 1/4 + 0) / 4 = 0.4375', size=12, weight='bold')
@@ -164,18 +166,15 @@ def _grid(rows, columns, crop):
     width = 2.2
     height = width * crop.shape[0] / crop.shape[1] + 0.45
     figure = Figure(figsize=(width * columns, height * rows), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for panel in axes.flat:
-        panel.axis('off')
-    return figure, axes
+    blank = dict(frame_on=False, xticks=[], yticks=[])
+    return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=blank)
 
 
 def _show(axes, crop, title, colour, line=0.8):
-    axes.axis('on')
     axes.imshow(crop, interpolation='antialiased')
-    axes.set(xticks=[], yticks=[])
+    axes.set_frame_on(True)
     axes.spines[:].set(color=colour, linewidth=line)
-    axes.set_title(title, fontsize=9, color=colour, pad=4)
+    axes.set_title(title, fontsize=9, color=colour, pad=4, parse_math=False)  # an id may hold a dollar sign
     return axes
 
 
@@ -192,33 +191,32 @@ def _text(axes, x, y, text, size=9, colour=DARK, weight='normal', align='center'
 
 
 def _box(axes, x, y, width, text, colour, fill='white'):
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - 2.3), width, 4.6, boxstyle='round,pad=0.5', facecolor=fill,
-                                  edgecolor=colour, lw=1.5))
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - 2.3), width, 4.6, boxstyle='round,pad=0.5', lw=1.5,
+                                  ec=colour, fc=fill))
     _text(axes, x, y, text)
 
 
 def _arrow(axes, start, end, course='arc3'):
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=10, color=GREY, lw=1.2, shrinkA=0,
-                                   shrinkB=0, connectionstyle=course))
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=10, color=GREY, lw=1.2,
+                                   shrinkA=0, shrinkB=0, connectionstyle=course))
 
 
 def _photo(axes, x, y, width, height, sea='#B9CCD8', skin=DARK, mirror=False):
     """A drawn photograph of a fluke, with a bite out of one lobe so that its mirror image differs."""
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=sea, edgecolor=DARK, lw=0.8))
-    lobe = np.array([(.06, .1), (.07, .3), (.2, .42), (.35, .55), (.44, .7), (.48, .86), (.38, .8), (.2, .82), (.06, .74),
-                     (.0, .58)])
+    axes.add_patch(Rectangle((x, y), width, height, fc=sea, ec=DARK, lw=0.8))
+    lobe = np.array([(.06, .1), (.07, .3), (.2, .42), (.35, .55), (.44, .7),
+                     (.48, .86), (.38, .8), (.2, .82), (.06, .74), (.0, .58)])
     bitten = np.insert(lobe, 7, [(.33, .8), (.31, .8), (.28, .62), (.25, .81)], axis=0)
     outline = np.concatenate([lobe, (bitten * [-1, 1])[::-1]])
     for _ in range(2):  # Chaikin's corner cutting makes it round
         after = np.roll(outline, -1, axis=0)
         outline = np.stack([0.75 * outline + 0.25 * after, 0.25 * outline + 0.75 * after], 1).reshape(-1, 2)
     outline = outline * ([-1, 1] if mirror else [1, 1]) + [0.5, 0]
-    axes.add_patch(Polygon(outline * [width, height] + [x, y], facecolor=skin, edgecolor='none'))
+    axes.add_patch(Polygon(outline * [width, height] + [x, y], fc=skin, ec='none'))
 
 
 def _save(figure, path, dpi):
-    metadata = {'Software': None} if Path(path).suffix == '.png' else None
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, facecolor='white', metadata=metadata))
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi))
 
 
 @exit_clearly

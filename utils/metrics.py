@@ -121,11 +121,10 @@ def write_submission(path, images, answers, ids, sample_path):
 
     `answers` (Q, min(5, N + 1)) index the N `ids`, N being new_whale, as top5 gives them for `images`.
     """
+    sample, wanted = read_answers(sample_path), min(5, len(ids) + 1)
     labels = np.array([*ids, NEW_WHALE], dtype=object)[np.asarray(answers)]
     frame = pd.DataFrame({'Image': list(images), 'Id': [' '.join(row) for row in labels]})
-    sample = read_answers(sample_path)
     check_submission(frame, sample)
-    wanted = min(5, len(ids) + 1)
     if (frame['Id'].str.split().str.len() != wanted).any():
         raise UserError(f'the submission must have {wanted} labels a row, none of them with a space')
     frame = frame.set_index('Image').loc[sample['Image']].reset_index()
@@ -140,8 +139,7 @@ def score_submission(submission_csv, labels_csv):
     frame, truth = read_answers(submission_csv), read_answers(labels_csv)
     check_submission(truth, truth, Path(labels_csv).name, most=1)
     check_submission(frame, truth, Path(submission_csv).name)
-    guesses = frame.set_index('Image')['Id'].loc[truth['Image']]
-    guesses = guesses.str.split(expand=True).to_numpy()  # (Q, <= 5)
+    guesses = frame.set_index('Image').loc[truth['Image'], 'Id'].str.split(expand=True).to_numpy()  # (Q, 1..5)
     answer = truth['Id'].str.strip().to_numpy()
     right = guesses == answer[:, None]
     ranks = torch.from_numpy(np.where(right.any(1), right.argmax(1), 5))

@@ -1,0 +1,112 @@
+"""The plots show what they are given, and are written whole."""
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from utils import figures
+
+
+def evaluations(steps=(3, 2)):
+    table = pd.DataFrame(dict(step=step, iteration=10 * (k + 1), lr=1e-3 / step)
+                         for step, count in enumerate(steps, 1) for k in range(count))
+    return table.assign(loss=2.0, sigmoid=1.5, triplet=0.3, local=0.2, active=0.9, train_map5=0.2,
+                        train_top1=0.1, valid_map5=0.3, valid_top1=0.2, valid_top5=0.4, threshold=0.5)
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that were saved, to look into."""
+    kept, save = [], figures._save
+    monkeypatch.setattr(figures, '_save', lambda figure, *rest: (kept.append(figure), save(figure, *rest)))
+    return kept
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert('RGB'))
+
+
+def test_curves_follow_one_another_across_steps(tmp_path, saved):
+    evaluations().to_csv(tmp_path / 'e.csv', index=False)
+    figures.plot_curves(tmp_path / 'e.csv', tmp_path / 'curves.png')
+    assert pixels(tmp_path / 'curves.png').std() > 5
+    loss, named, rate, threshold, active = saved[0].axes
+    labels = [line.get_label() for line in loss.lines[:4]]
+    assert labels == ['joint loss', 'sigmoid', 'triplet', 'local triplet']
+    assert [line.get_ydata()[0] for line in loss.lines[:4]] == [2, 1.5, 0.3, 0.2]
+    assert [line.get_ydata()[0] for line in named.lines[:5]] == [0.3, 0.2, 0.4, 0.2, 0.1]
+    for axes in saved[0].axes:
+        assert list(axes.lines[0].get_xdata()) == [10, 20, 30, 40, 50]
+        assert list(axes.lines[-1].get_xdata()) == [30, 30]  # the border of the steps
+
+
+@pytest.mark.parametrize('table', [evaluations((1,)), evaluations().drop(columns='local')], ids=len)
+def test_curves_of_little_data(tmp_path, table, saved):
+    figures.plot_curves(table, tmp_path / 'curves.png')
+    assert pixels(tmp_path / 'curves.png').std() > 5
+    assert ('local triplet' in [line.get_label() for line in saved[0].axes[0].lines]) == ('local' in table)
+
+
+def flat_crops(*shades):
+    return [np.full((20, 40, 3), shade, np.uint8) for shade in shades]
+
+
+def test_matches_stand_beside_their_query(tmp_path, saved):
+    matches = [flat_crops(50, 60), flat_crops(70)]
+    figures.plot_matches(tmp_path / 'm.png', flat_crops(10, 20), ['query $1$', 'query 2'], matches,
+                         [['a', 'b'], ['c']], right=[[True, False], [False]])
+    titles = [[axes.get_title() for axes in row] for row in np.reshape(saved[0].axes, (2, 3))]
+    assert titles == [['query $1$', '✓ a', '✗ b'], ['query 2', '✗ c', '']]
+    shades = [axes.images[0].get_array()[0, 0, 0] for axes in saved[0].axes if axes.images]
+    assert shades == [10, 50, 60, 20, 70]
+    image = pixels(tmp_path / 'm.png')
+    for colour, frames in ((figures.GREEN, 1), (figures.RED, 2)):
+        of_frame = np.abs(image - 255 * np.array(to_rgb(colour))).sum(2) < 10
+        assert 500 < of_frame.sum() / frames < 5000
+    figures.plot_matches(tmp_path / 'm.png', flat_crops(10), ['q'], [flat_crops(50)], [['a']])
+    assert saved[1].axes[1].get_title() == 'a'
+
+
+def test_a_sheet_shows_each_crop_once(tmp_path, saved):
+    figures.plot_sheet(tmp_path / 's.png', flat_crops(10, 20, 30), ['a', 'b', 'c'], columns=2)
+    assert [axes.get_title() for axes in saved[0].axes] == ['a', 'b', 'c', '']
+    assert np.allclose(saved[0].axes[2].images[0].get_array(), 30)
+    assert not saved[0].axes[3].get_frame_on()
+
+
+@pytest.mark.parametrize('draw', [figures.draw_model, figures.draw_map5])
+def test_the_pictures_of_the_readme_keep_every_word_inside(tmp_path, draw, saved):
+    draw(tmp_path / 'p.png')
+    assert (tmp_path / 'p.png').stat().st_size < 150_000
+    size = saved[0].bbox
+    for text in saved[0].axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= size.x1 and box.y1 <= size.y1, text.get_text()
+    image = pixels(tmp_path / 'p.png')
+    assert (image[[0, -1]] == 255).all() and (image[:, [0, -1]] == 255).all()  # nothing is cut off
+
+
+def test_the_drawn_fluke_differs_from_its_mirror_image():
+    outlines = []
+    for mirror in (False, True):
+        axes = figures._canvas(10, 5)
+        figures._photo(axes, 0, 0, 10, 5, mirror=mirror)
+        outlines.append(axes.patches[1].get_xy())
+    np.testing.assert_allclose(outlines[0] * [-1, 1] + [10, 0], outlines[1])
+    assert outlines[0][:, 0].min() >= 0 and outlines[0][:, 0].max() <= 10
+
+
+def test_a_failing_plot_leaves_the_old_picture(tmp_path):
+    path = tmp_path / 'curves.png'
+    path.write_text('before')
+    with pytest.raises(KeyError):
+        figures.plot_curves(evaluations().drop(columns='iteration'), path)
+    assert path.read_text() == 'before' and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_wants_its_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        figures.main([])
+    assert stop.value.code == 2
+    assert 'python -m utils.figures --readme' in capsys.readouterr().err

@@ -1,0 +1,180 @@
+import hashlib
+
+import pretrainedmodels
+import pytest
+import timm
+import torch
+
+from models import backbone as backbones
+from models.backbone import build_backbone, check_model_name, fill, freeze_early, load_imagenet, train_mode
+from models.whale_net import WhaleNet
+from utils.errors import UserError
+
+SIZE = 64, 64
+
+
+def scrambled(module, seed=0):
+    """A state dict with every number drawn anew, batch norm statistics included."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in module.state_dict().items():
+        if not value.dtype.is_floating_point:
+            state[key] = value
+        elif key.endswith('running_var') or value.dim() == 1 and key.endswith('weight'):
+            state[key] = 0.5 + torch.rand(value.shape, generator=generator)
+        else:
+            state[key] = torch.randn(value.shape, generator=generator) * (0.05 if value.dim() > 1 else 0.1)
+    return state
+
+
+def test_senet154_is_that_of_pretrainedmodels_and_of_timm():
+    reference = pretrainedmodels.senet154(pretrained=None)
+    state = scrambled(reference)
+    reference.load_state_dict(state)
+    theirs = timm.create_model('legacy_senet154', pretrained=False)
+    theirs.load_state_dict(state)
+    ours = build_backbone('senet154', *SIZE)
+    fill(ours, state, 'senet154')
+    images = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        expected = reference.eval().features(images)
+        found = ours.eval()(torch.cat([images, torch.rand(2, 1, *SIZE)], 1))
+        timms = theirs.eval().forward_features(images)
+    assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert torch.allclose(timms, found, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('name', ['seresnext14', 'timm/resnet18', 'timm/convnext_atto', 'timm/vit_tiny_patch16_224',
+                                  'timm/swin_tiny_patch4_window7_224'])
+def test_a_mask_changes_nothing_at_first_and_features_are_maps(name):
+    size = (112, 224) if 'swin' in name else (64, 128)
+    model = build_backbone(name, *size).eval()
+    images = torch.rand(2, 4, *size)
+    without = torch.cat([images[:, :3], torch.zeros(2, 1, *size)], 1)
+    with torch.no_grad():
+        features = model(images)
+        assert torch.equal(features, model(without))
+    assert features.shape[:2] == (2, model.channels) and features.dim() == 4
+    assert features.shape[2] < features.shape[3]
+
+
+def test_the_stem_can_learn_from_the_mask():
+    model = build_backbone('seresnext14', *SIZE)
+    model(torch.rand(2, 4, *SIZE)).square().mean().backward()
+    assert model.layer0.conv1.weight.grad[:, 3].abs().max() > 0
+
+
+@pytest.fixture
+def small_weights():
+    model = build_backbone('seresnext14', *SIZE)
+    state = scrambled(model)
+    state['layer0.conv1.weight'] = state['layer0.conv1.weight'][:, :3]
+    return model, state
+
+
+def test_a_weight_load_cannot_fail_silently(small_weights):
+    model, state = small_weights
+    fill(model, {**state, 'last_linear.weight': torch.zeros(1000, 2048)}, 'seresnext14')  # the classifier is not ours
+    filled = model.state_dict()
+    filled['layer0.conv1.weight'] = filled['layer0.conv1.weight'][:, :3]
+    assert all(torch.equal(filled[key], state[key]) for key in state)
+    with pytest.raises(UserError, match='no weights for layer3.0.conv2.weight'):
+        fill(model, {key: value for key, value in state.items() if key != 'layer3.0.conv2.weight'}, 'seresnext14')
+    with pytest.raises(UserError, match='unknown layers module.layer1'):
+        fill(model, {**state, 'module.layer1.x': torch.zeros(1)}, 'seresnext14')
+    with pytest.raises(UserError, match='another shape for layer1.0.bn1.bias'):
+        fill(model, {**state, 'layer1.0.bn1.bias': torch.zeros(3)}, 'seresnext14')
+
+
+def test_weight_files_are_used_when_their_hash_fits_their_name(tmp_path, small_weights, monkeypatch):
+    _, state = small_weights
+    torch.save(state, tmp_path / 'raw.pth')
+    digest = hashlib.sha256((tmp_path / 'raw.pth').read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(backbones.WEIGHTS, 'seresnext14', ('v0', f'small-{digest}.pth', 'other-00000000.pth'))
+    (tmp_path / 'raw.pth').rename(tmp_path / f'small-{digest}.pth')
+    model = build_backbone('seresnext14', *SIZE)
+    load_imagenet(model, 'seresnext14', tmp_path)
+    assert torch.equal(model.layer4[0].conv1.weight, state['layer4.0.conv1.weight'])
+    assert model.layer0.conv1.weight[:, 3].abs().max() == 0
+    with open(tmp_path / f'small-{digest}.pth', 'ab') as file:
+        file.write(b'x')
+    with pytest.raises(UserError, match='is damaged'):
+        load_imagenet(model, 'seresnext14', tmp_path)
+
+
+def test_mirrors_are_tried_in_turn_and_a_wrong_file_is_not_kept(tmp_path, small_weights, monkeypatch):
+    _, state = small_weights
+    torch.save(state, tmp_path / 'good.pth')
+    digest = hashlib.sha256((tmp_path / 'good.pth').read_bytes()).hexdigest()[:8]
+    (tmp_path / 'mirror').mkdir()
+    (tmp_path / 'good.pth').rename(tmp_path / 'mirror' / f'small-{digest}.pth')
+    monkeypatch.setitem(backbones.WEIGHTS, 'seresnext14', ('mirror', f'small-{digest}.pth'))
+    root = tmp_path.as_uri()
+    monkeypatch.setattr(backbones, '_MIRRORS', [root + '/gone/{folder}/{name}'])
+    model = build_backbone('seresnext14', *SIZE)
+    with pytest.raises(UserError, match='no mirror gave the ImageNet weights of seresnext14'):
+        load_imagenet(model, 'seresnext14', tmp_path / 'weights')
+    monkeypatch.setattr(backbones, '_MIRRORS', [root + '/gone/{folder}/{name}', root + '/{folder}/{name}'])
+    load_imagenet(model, 'seresnext14', tmp_path / 'weights')
+    assert torch.equal(model.layer1[0].conv1.weight, state['layer1.0.conv1.weight'])
+    (tmp_path / 'weights' / f'small-{digest}.pth').unlink()
+    (tmp_path / 'mirror' / f'small-{digest}.pth').write_bytes(b'not the weights')
+    with pytest.raises(UserError, match='no mirror'):
+        load_imagenet(model, 'seresnext14', tmp_path / 'weights')
+    assert not list((tmp_path / 'weights').iterdir())
+
+
+def test_every_mirror_is_https_and_every_file_names_its_hash():
+    assert all(mirror.startswith('https://') for mirror in backbones._MIRRORS)
+    for _, *files in backbones.WEIGHTS.values():
+        assert all(len(bytes.fromhex(backbones._hash_of(file))) == 4 for file in files)
+
+
+def test_no_weights_exist_for_the_small_ones():
+    with pytest.raises(UserError, match='pretrained = False'):
+        load_imagenet(build_backbone('seresnext14', *SIZE), 'seresnext14')
+
+
+@pytest.mark.parametrize('typo, near', [('senet145', 'senet154'), ('seresnext5', 'seresnext50'), ('timm/resnet19', 'timm/resnet18')])
+def test_a_typo_gets_the_nearest_names(typo, near):
+    with pytest.raises(UserError, match=near):
+        check_model_name(typo)
+
+
+def test_the_long_names_also_work():
+    assert check_model_name('se_resnext101_32x4d') == 'seresnext101'
+    assert check_model_name('timm/convnext_tiny.fb_in22k') == 'timm/convnext_tiny.fb_in22k'
+
+
+@pytest.mark.parametrize('name', ['seresnext14', 'timm/resnet18'])
+def test_frozen_layers_stand_still(name):
+    net = WhaleNet(name, 10, *SIZE)
+    freeze_early(net.backbone)
+    train_mode(net)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 0.1)
+    embedding, logits, strips = net(torch.rand(4, 4, *SIZE))
+    (embedding.sum() + logits.square().sum() + strips.sum()).backward()
+    optimizer.step()
+    early = ('layer0.', 'layer1.', 'layer2.') if name == 'seresnext14' else \
+        ('network.conv1', 'network.bn1', 'network.layer1', 'network.layer2')
+    for key, value in net.state_dict().items():
+        if key.removeprefix('backbone.').startswith(early):
+            assert torch.equal(value, before[key]), key
+        elif key.endswith('running_mean'):
+            assert not torch.equal(value, before[key]), key
+
+
+def test_a_backbone_without_the_layers_to_freeze_is_refused():
+    with pytest.raises(UserError, match='no layer0'):
+        freeze_early(torch.nn.Sequential())
+
+
+def test_outputs():
+    net = WhaleNet('seresnext14', 12, 64, 128).eval()
+    with torch.no_grad():
+        embedding, logits, strips = net(torch.rand(3, 4, 64, 128))
+    assert embedding.shape == (3, 2048) and logits.shape == (3, 12) and strips.shape == (3, 2, 512)
+    assert torch.allclose(embedding.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert torch.allclose(strips.norm(dim=2), torch.ones(3, 2), atol=1e-4)
+    assert torch.allclose(logits, 16 * net.head(embedding))
