@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.decode import check_images
 from data.images import Crops
@@ -20,6 +19,7 @@ from utils.device import amp_dtype, choose_device
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_matches
 from utils.files import write_whole
+from utils.log import progress_bar
 from utils.metrics import choose_threshold, top5, write_submission
 from utils.scores import fuse, gallery_scores, predict
 
@@ -68,13 +68,18 @@ def main(argv):
     labels = torch.from_numpy(train['label'].to_numpy().copy())
     valid = validation_fold(train, members[0]['constants']['fold'])
     named = train['label'].to_numpy() < tables.num_ids
-    rows = dict(valid=np.flatnonzero(valid), gallery=np.flatnonzero(named), test=np.arange(len(test)))
+    crops = {}  # size -> crops of the labelled and of the test images; one size for most ensembles
+    for member in members:
+        size = member['constants']['height'], member['constants']['width']
+        crops[size] = crops.get(size) or [Crops(frame, *size, c.cache_dir) for frame in (train, test)]
+    readable, answerable = (part.readable(c.skip_bad_images) for part in crops[size])
+    rows = dict(valid=np.flatnonzero(valid & readable), gallery=np.flatnonzero(named & readable), test=np.arange(len(test)))
     in_fold = torch.from_numpy(valid[rows['gallery']])  # the fold's own images answer test queries, not its own
     truth = labels[rows['valid']].clamp(max=tables.num_ids)  # (V,)
 
     classifier, gallery = dict(valid=0, test=0), dict(valid=0, test=0)
     for file, member in zip(files, members):
-        seen = see(c, file, member, tables, train, test, rows)
+        seen = see(c, file, member, tables.num_ids, crops, rows)
         embeddings, owners = seen['gallery'][1], labels[rows['gallery']]
         near = dict(valid=gallery_scores(seen['valid'][1], embeddings[~in_fold], owners[~in_fold], tables.num_ids),
                     test=gallery_scores(seen['test'][1], embeddings, owners, tables.num_ids))
@@ -88,7 +93,7 @@ def main(argv):
         chosen = c.threshold
     if c.new_whale_share:
         chosen = final.max(1).values.quantile(c.new_whale_share).item()
-    final[torch.tensor(test['bad'].tolist())] = 0  # what cannot be read is new
+    final[torch.from_numpy(test['bad'].to_numpy(bool) | ~answerable)] = 0  # what cannot be read is new
     answers = top5(final, chosen)
     share = (answers[:, 0] == tables.num_ids).float().mean()
     print(f'test: gallery weight {weight:.2f}, threshold {chosen:.3f}: {share:.1%} of {len(test)} images begin with new_whale')
@@ -97,7 +102,7 @@ def main(argv):
     write_whole(folder / 'scores.npz', lambda path: np.savez(path, scores=final.half().numpy(), ids=np.array(tables.ids),
                                                              images=test['Image'].to_numpy(str), threshold=chosen))
     if c.matches:
-        draw_matches(c, folder / 'matches.png', member, train, rows['gallery'], test, seen, final, answers, tables.ids)
+        draw_matches(c, folder / 'matches.png', crops[size], train, rows['gallery'], test, seen, final, answers, tables.ids)
     print(f'written: {folder}/submission.csv, scores.npz' + (', matches.png' if c.matches else ''))
 
 
@@ -113,33 +118,32 @@ def check_member(file, member, first, ids, data_dir):
                             'them has learned')
 
 
-def see(c, file, member, tables, train, test, rows):
+def see(c, file, member, num_ids, crops, rows):
     """What one checkpoint says of validation, gallery and test images: part -> scores (Q, N), embeddings (Q, 2, C)."""
     made = member['constants']
     size = made['height'], made['width']
-    net = WhaleNet(made['model_name'], tables.num_ids * (2 if made['flip_is_new_id'] else 1), *size)
+    net = WhaleNet(made['model_name'], num_ids * (2 if made['flip_is_new_id'] else 1), *size)
     net.load_state_dict(member['model'])
     net.to(c.device, memory_format=torch.channels_last)
+    train, test = crops[size]
     seen = {}
-    for part, frame in (('valid', train), ('gallery', train), ('test', test)):
-        seen[part] = predict(net, Crops(frame, *size, c.cache_dir), rows[part], *size, tables.num_ids, made['flip_is_new_id'],
-                             device=c.device, amp=amp_dtype(c.precision, c.device), shifts=VIEWS[:c.views],
-                             progress=lambda batches: tqdm(batches, f'{file.name}: {part}', unit='batch', disable=None))
+    for part, source in (('valid', train), ('gallery', train), ('test', test)):
+        seen[part] = predict(net, source, rows[part], *size, num_ids, made['flip_is_new_id'], device=c.device,
+                             amp=amp_dtype(c.precision, c.device), shifts=VIEWS[:c.views],
+                             progress=lambda batches: progress_bar(batches, desc=f'{file.name}: {part}', unit='batch'))
     return seen
 
 
-def draw_matches(c, path, member, train, gallery, test, seen, final, answers, ids):
+def draw_matches(c, path, crops, train, gallery, test, seen, final, answers, ids):
     """A few queries, from the surest to the least sure, beside their five nearest labelled photographs."""
-    size = member['constants']['height'], member['constants']['width']
     order = final.max(1).values.argsort(descending=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(c.matches, len(order))).long()]
     likeness = (seen['test'][1][chosen].flatten(1) @ seen['gallery'][1].flatten(1).T / 2 + 1) / 2  # (matches, G)
     best = likeness.topk(min(5, len(gallery)))  # (matches, 5)
-    query_crops = Crops(test, *size, c.cache_dir)[chosen.numpy()][0].numpy()
-    crops, owner = Crops(train, *size, c.cache_dir), train['Id'].to_numpy()[gallery]
+    owner = train['Id'].to_numpy()[gallery]
     names = [*ids, NEW_WHALE]
-    plot_matches(path, query_crops, [f'{test["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()],
-                 [crops[gallery[row]][0].numpy() for row in best.indices.numpy()],
+    plot_matches(path, crops[1][chosen.numpy()][0].numpy(), [f'{test["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()],
+                 [crops[0][gallery[row]][0].numpy() for row in best.indices.numpy()],
                  [[f'{owner[g]}  {value:.2f}' for g, value in zip(row.tolist(), values.tolist())]
                   for row, values in zip(best.indices, best.values)])
 

@@ -6,7 +6,6 @@ Results go to results/RUN: log.txt, curves.png, evaluations.csv, best.pth, last.
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -29,9 +28,11 @@ from utils.device import amp_dtype, choose_device
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_curves
 from utils.files import write_whole
-from utils.log import HEADER, duration, format_row, write_log
+from utils.interrupt import Interrupt, ignore_interrupt
+from utils.log import HEADER, duration, format_row, progress_bar, write_log
 from utils.metrics import average_precision, choose_threshold, map_at_5, rank_of_truth, top_k
 from utils.scores import predict
+from utils.steps import fresh, plan
 
 # The three steps of the method: edit these five, train until it no longer improves, edit, train on. Or stages = 'all'.
 model_name = 'senet154'     # senet154, seresnext101, seresnext50, seresnet50/101/152, seresnext26, seresnext14, timm/NAME
@@ -103,7 +104,8 @@ RULES = dict(
     clip=(float, lambda v: v > 0, 'a number above 0'), max_iters=positive_int, eval_every=positive_int,
     patience=positive_int, max_minutes=weight, seed=count, device=text, threads=count, workers=count,
     precision=(str, lambda v: v in ('auto', 'bf16', 'fp32'), "'auto', 'bf16' or 'fp32'"))
-STEP = ('freeze', 'min_num_class', 'lr', 'checkPoint_start')  # what makes a step another step
+
+NEVER = 10 ** 9  # later than any iteration
 
 
 @exit_clearly
@@ -112,61 +114,19 @@ def main(argv):
     c.model_name = check_model_name(c.model_name)
     c.device = choose_device(c.device, c.threads)
     folder = Path('results') / c.run
-    steps, last = plan(c, folder)
+    steps, state = plan(c, folder)
     if not steps:
         return
     data = Data(c)
     folder.mkdir(parents=True, exist_ok=True)
     write_constants(c, folder / 'constants.txt')
-    state = last or fresh(None, steps[0], 0)
-    if not last:
-        state['log'] = data.notes
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    if state['model'] is None:
+        state['log'] = state['log'] + data.notes
     for step in steps:
         if state['step'] != step['step']:
             state = fresh(state, step, state['elapsed'])
         state = train_step(c, step, data, folder, state)
-    tqdm.write(f'finished: {folder}/best.pth; now python test.py --data_dir {c.data_dir} --run {c.run}')
-
-
-def plan(c, folder):
-    """The steps to train and, when a stopped one goes on, its checkpoint: the rule of README's 'go on or next step'."""
-    if c.stages == 'one':
-        rows, shares = [(c.min_num_class, c.freeze, c.lr)], [1.0]
-    else:
-        rows, shares = (c.schedule if c.pretrained else c.schedule_scratch), c.stage_share
-        if len(shares) != len(rows):
-            raise UserError(f'stage_share has {len(shares)} numbers for {len(rows)} stages; give one for each')
-    last = checkpoint.load(folder / 'last.pth') if (folder / 'last.pth').exists() else None
-    same = last and last['constants']['stages'] == c.stages and (
-        [tuple(row) for row in last['rows']] == rows and last['start'] == c.checkPoint_start)
-    first = last['first'] if same else (last['step'] + 1 if last else 1)
-    done = np.cumsum(shares) / sum(shares)
-    steps = [dict(step=first + i, first=first, rows=rows, start=c.checkPoint_start, share=float(done[i]),
-                  min_num_class=row[0], freeze=row[1], lr=row[2], last=i == len(rows) - 1,
-                  begins=float(done[i - 1]) * 60 * c.max_minutes if i else 0.0,
-                  checkPoint_start=c.checkPoint_start if i == 0 else 'best') for i, row in enumerate(rows)]
-    if last:
-        for name in ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed'):
-            if last['constants'][name] != getattr(c, name):
-                raise UserError(f'{folder} was trained with {name} = {last["constants"][name]!r}, not '
-                                f'{getattr(c, name)!r}; set it back, or choose another run')
-    if not same:
-        if c.checkPoint_start:
-            checkpoint.find(folder, c.checkPoint_start, before_step=first)
-        return steps, None
-    steps = [step for step in steps if step['step'] > last['step'] or step['step'] == last['step'] and not last['finished']]
-    if not steps:
-        print(f'{folder}: this training is finished (best validation MAP@5 {last["best"]:.3f}). For the next step change '
-              f'{", ".join(STEP)}; for another training set run.')
-    return steps, last
-
-
-def fresh(previous, step, elapsed):
-    """The state of a step that has not begun."""
-    return dict(step=step['step'], iteration=0, model=None, optimizer=None, finished=False, best=0.0, since_best=0, kept=[],
-                threshold=0.5, sums=None, elapsed=elapsed, log=previous['log'] if previous else [],
-                evaluations=previous['evaluations'] if previous else [])
+    print(f'finished: {folder}/best.pth; now python test.py --data_dir {c.data_dir} --run {c.run}')
 
 
 class Data:
@@ -178,22 +138,27 @@ class Data:
         self.train, self.ids, self.num_ids = train, self.tables.ids, self.tables.num_ids
         self.classes = self.num_ids * (2 if c.flip_is_new_id else 1)
         self.labels = torch.from_numpy(train['label'].to_numpy().copy())  # (n,)
-        self.valid = validation_fold(train, c.fold)  # (n,) bool
-        self.rows = {step[0]: training_rows(train, self.valid, step[0]) for step in self._stages(c)}
-        if c.batch_size > (~self.valid).sum():
-            raise UserError(f'batch_size = {c.batch_size} is more than the {(~self.valid).sum()} training images; lower it')
+        self.crops = Crops(train, c.height, c.width, c.cache_dir)
+        readable = self.crops.readable(c.skip_bad_images)
+        fold = validation_fold(train, c.fold)  # (n,) bool
+        self.valid = fold & readable
+        self.rows = {number: training_rows(train, fold, number) & readable for number in self._min_num_classes(c)}
+        fewest = min(rows.sum() for rows in self.rows.values())
+        if c.batch_size > fewest:
+            raise UserError(f'batch_size = {c.batch_size} is more than the {fewest} training images; lower it')
         animal = np.arange(self.num_ids) if self.tables.group is None else self.tables.group
         both = np.concatenate([animal, animal + self.num_ids])[:self.classes]  # a mirror image is another animal
         self.group = torch.tensor([*both, 2 * self.num_ids + 1])  # (classes + 1,)
-        self.crops = Crops(train, c.height, c.width, c.cache_dir)
         self.valid_rows = np.flatnonzero(self.valid)
         self.valid_truth = self.labels[self.valid_rows].clamp(max=self.num_ids)  # (Q,) N: new_whale
         named = self.labels[self.valid_rows] < self.classes
         self.notes = [f'{len(train)} training images, {self.num_ids} ids, {self.classes} classes; '
                       f'fold {c.fold}: {named.sum()} ids + {(~named).sum()} {NEW_WHALE}', *self.tables.notes]
 
-    def _stages(self, c):
-        return [(c.min_num_class,)] if c.stages == 'one' else (c.schedule if c.pretrained else c.schedule_scratch)
+    def _min_num_classes(self, c):
+        if c.stages == 'one':
+            return {c.min_num_class}
+        return {row[0] for row in (c.schedule if c.pretrained else c.schedule_scratch)}
 
     def __getitems__(self, batch):
         """A list of (row, flip) -> raw crops, masks, labels, flips of the whole batch."""
@@ -232,12 +197,12 @@ def train_step(c, step, data, folder, state):
     sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes, c.images_per_id,
                            c.seed + 1000 * step['step'], state['iteration'])
     batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=c.workers, collate_fn=lambda batch: batch,
-                              pin_memory='cuda' in c.device, persistent_workers=c.workers > 0))
+                              pin_memory='cuda' in c.device, worker_init_fn=ignore_interrupt))
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
     sums = torch.zeros(9, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
-    bad = torch.tensor(c.max_iters, device=c.device)  # the first iteration whose loss is not finite
+    bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
     clock = Clock(state['elapsed'], 60 * c.max_minutes * step['share'])
-    bar = tqdm(total=c.max_iters, initial=state['iteration'], desc=f'step {step["step"]}', unit='it', dynamic_ncols=True)
+    bar = progress_bar(total=c.max_iters, initial=state['iteration'], desc=f'step {step["step"]}', unit='it')
     if not state['iteration']:
         say(state, f'step {step["step"]}: min_num_class {step["min_num_class"]} ({len(sampler.ids)} ids, '
                    f'{sampler.iterations_per_pass} iterations a pass), freeze {step["freeze"]}, lr {step["lr"]:g}, '
@@ -250,8 +215,8 @@ def train_step(c, step, data, folder, state):
                     first=step['first'])
 
     train_mode(net)
-    try:
-        while not state['finished']:
+    with Interrupt() as interrupt:
+        while not state['finished'] and not interrupt.asked:
             crops, masks, labels, flips = (part.to(c.device, non_blocking=True) for part in next(batches))
             torch.manual_seed((100 * c.seed + step['step']) * 10 ** 8 + state['iteration'])  # resumes without stored states
             images = augment(crops, masks, flips, c.height, c.width, MARGIN, c.strength)  # (B, 4, H, W)
@@ -277,8 +242,7 @@ def train_step(c, step, data, folder, state):
             if state['iteration'] % 20 == 0 or evaluate_now:  # the only places that wait for the device
                 mean = (sums / sums[-1]).tolist()
                 bar.set_postfix_str(f'loss {mean[0]:.3f} MAP@5 {mean[5]:.3f}')
-                if bad < c.max_iters:
-                    refuse_loss(data, sampler.batch(int(bad))[:, 0], folder, int(bad))
+                refuse_bad_loss(int(bad), data, sampler, folder)
             if evaluate_now:
                 began = clock.elapsed()
                 row = evaluate(c, step, data, net, amp, state, sums, sampler, optimizer.param_groups[0]['lr'])
@@ -295,13 +259,13 @@ def train_step(c, step, data, folder, state):
                 plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
                 clock.measure(began)
                 train_mode(net)
-    except KeyboardInterrupt:
+    bar.close()
+    if interrupt.asked and not state['finished']:
+        refuse_bad_loss(int(bad), data, sampler, folder)
         checkpoint.save(folder / 'last.pth', snapshot())
         write_log(folder, state['log'], state['evaluations'])
-        bar.close()
         print(f'stopped at iteration {state["iteration"]}; the same command goes on from there', file=sys.stderr)
         sys.exit(130)
-    bar.close()
     return state
 
 
@@ -339,13 +303,15 @@ def pace(c, step, clock, state, images):
     return images / (seconds - before), duration(max(left, 0)), seconds
 
 
-def refuse_loss(data, rows, folder, iteration):
-    """A loss that is not finite: name the images of its batch and stop before the weights reach a checkpoint."""
+def refuse_bad_loss(iteration, data, sampler, folder):
+    """If a loss was not finite, name the images of its batch and stop, before the weights reach a checkpoint."""
+    if iteration == NEVER:
+        return
     path = folder / f'not_finite_{iteration:06d}.txt'
-    names = '\n'.join(data.train['Image'].iloc[rows]) + '\n'
+    names = '\n'.join(data.train['Image'].iloc[sampler.batch(iteration)[:, 0]]) + '\n'
     write_whole(path, lambda temporary: Path(temporary).write_text(names))
     raise UserError(f'the loss of iteration {iteration} is not finite; its images are named in {path} and the last good '
-                    f'checkpoint is untouched: lower lr, or look at those images')
+                    'checkpoint is untouched: lower lr, or look at those images')
 
 
 def say(state, line):

@@ -8,9 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.decode import read_image, read_mask
+from utils.errors import UserError
+from utils.log import progress_bar
 
 MARGIN = 1 / 16   # surroundings kept on each side, a share of the box's sides: rotations and shifts find real pixels
 CACHE_VERSION = 1  # raise it when cut_crop changes, so that no old entry is used
@@ -56,6 +57,7 @@ class Crops:
     def __init__(self, frame, height, width, cache_dir, workers=None):
         self.height, self.width = raw_size(height, width)
         self.count = len(frame)
+        self.failed = {}  # row -> why its file, whose header was sound, could not be decoded; such rows are black
         folder = Path(cache_dir) / self._key(frame)
         folder.mkdir(parents=True, exist_ok=True)
         self.pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
@@ -68,6 +70,15 @@ class Crops:
     def __len__(self):
         return self.count
 
+    def readable(self, skip_bad_images):
+        """Which rows have pixels: (count,) bool. UserError that lists the others, unless `skip_bad_images`."""
+        if self.failed and not skip_bad_images:
+            raise UserError(f'{len(self.failed)} images could not be decoded: {"; ".join(list(self.failed.values())[:10])}. '
+                            'Or set skip_bad_images = True to go on without them')
+        rows = np.ones(self.count, bool)
+        rows[list(self.failed)] = False
+        return rows
+
     def __getitem__(self, rows):
         rows = np.asarray(rows)
         masks = np.unpackbits(self.masks[rows], axis=-1)  # (B, h, w)
@@ -79,17 +90,23 @@ class Crops:
         bad = frame['bad'].to_numpy() if 'bad' in frame else np.zeros(len(frame), bool)
 
         def one(row):
-            if not bad[row]:
+            if bad[row]:
+                return row, None
+            try:
                 image = read_image(paths[row])
                 mask = read_mask(mask_paths[row], mask_rles[row], image.shape[:2])
-                crop, mask = cut_crop(image, mask, boxes[row], self.height, self.width)
-                self.pixels[row], self.masks[row] = crop, np.packbits(mask, axis=-1)
-            return row
+            except UserError as error:
+                return row, str(error)
+            crop, mask = cut_crop(image, mask, boxes[row], self.height, self.width)
+            self.pixels[row], self.masks[row] = crop, np.packbits(mask, axis=-1)
+            return row, None
 
         with ThreadPoolExecutor(workers) as pool:  # OpenCV leaves the interpreter's lock while it decodes
-            bar = tqdm(pool.map(one, todo), total=len(todo), desc='crops', unit='img', disable=len(todo) < 500)
-            for number, row in enumerate(bar, 1):
-                done[row] = 1
+            bar = progress_bar(pool.map(one, todo), total=len(todo), desc='crops', unit='img', disable=len(todo) < 500)
+            for number, (row, error) in enumerate(bar, 1):
+                done[row] = error is None
+                if error:
+                    self.failed[row] = error
                 if number % 2000 == 0:
                     self._flush()
         self._flush()

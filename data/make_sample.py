@@ -29,7 +29,7 @@ max_images = 15         # training images of the most photographed animal
 new_whale_share = 0.38  # of the training images
 test_images = 2.4       # for each id
 test_new_share = 0.30   # of them are of animals without an id
-test_single_share = 0.12  # of them are of ids with one training image
+test_single_share = 0.09  # of them are of ids with one training image
 mirror_share = 0.10     # of the ids look like the mirror image of another id
 
 plan_stream, animal_stream, photo_stream = range(3)
@@ -47,8 +47,8 @@ def plan_photographs(seed, num_ids):
         return [pattern.format(number) for number in rng.choice(16 ** digits, count, replace=False)]
 
     num_single = round(single_share * num_ids)
-    sizes = np.minimum(rng.geometric(0.14, num_ids) + 1, max_images)
-    sizes[:num_single] = 1
+    tail = -np.log1p(-(np.arange(num_ids - num_single) + 0.5) / (num_ids - num_single))     # exponential, mean 1
+    sizes = np.append(np.ones(num_single, int), np.minimum(2 + 6.5 * rng.permutation(tail), max_images).astype(int))
     num_new = round(sizes.sum() * new_whale_share / (1 - new_whale_share))
     num_test = round(test_images * num_ids)
     test_new, test_single = round(test_new_share * num_test), round(test_single_share * num_test)
@@ -143,10 +143,10 @@ def draw_animal(seed, animal, num_ids):
 
 def draw_view(rng):
     """Random pose: a function from photograph coordinates (half spans, y down) to canvas pixels."""
-    angle, tilt, shear = np.deg2rad(rng.normal(0, 4)), rng.uniform(0.7, 1.0), rng.normal(0, 0.06)
-    perspective, yaw = rng.normal(0, 0.06, 2).clip(-0.2, 0.2), rng.normal(0, 0.06)
+    angle, tilt, shear = np.deg2rad(rng.normal(0, 6)), rng.uniform(0.7, 1.0), rng.normal(0, 0.08)
+    perspective, yaw = rng.normal(0, 0.06, 2).clip(-0.2, 0.2), rng.normal(0, 0.05)
     span = np.clip([1 - yaw, 1 + yaw] + rng.normal(0, 0.04, 2), 0.65, 1.2)      # of the left and right lobe
-    rise, curl = rng.normal(0.03, 0.06) + rng.normal(0, 0.025, 2), rng.normal(0, 0.04, 2)
+    rise, curl = rng.normal(0.03, 0.05) + rng.normal(0, 0.02, 2), rng.normal(0, 0.03, 2)
 
     def view(x, y):
         x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -175,11 +175,11 @@ def place_fluke(rng, cover, view, height, width):
 
 
 def draw_sea(rng, height, width):
-    """Waves, glints, sometimes a horizon: image (height, width, 3) about 0..1, and the water's colour (3,)."""
+    """Waves, glints, sometimes a horizon: image (height, width, 3), about 0..1, and the water's colour."""
     colour = rng.choice(sea_colours) * rng.uniform(0.8, 1.2) + rng.normal(0, 0.012, 3)
     waves = sum(strength * noise(rng, height, width, height / size, width / (size * rng.uniform(3, 6)))
                 for size, strength in [(28, 0.4), (11, 0.5), (5, 0.5), (2.5, 0.4)])
-    shade = rng.uniform(0.03, 0.14) * waves + rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, height)[:, None]
+    shade = rng.uniform(0.04, 0.17) * waves + rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, height)[:, None]
     sea = colour * (1 + shade[..., None]) + 0.5 * shade[..., None]
     sea = sea + 0.4 * smoothstep(waves - rng.uniform(1.2, 2.4), 0, 1)[..., None]
     if rng.random() < 0.25:
@@ -192,7 +192,7 @@ def draw_sea(rng, height, width):
 
 
 def draw_foam(rng, near):
-    """Foam, drops, sometimes a veil of spray: 0..1, where `near` (H, W) is high: 1 at the water, 0 far off."""
+    """Foam, drops, sometimes a veil of spray, 0..1; `near` (H, W) is 1 at the water line and 0 far off."""
     height, width = near.shape
     froth = sum(noise(rng, height, width, height / size, width / (2 * size)) for size in (2, 5, 11))
     foam = smoothstep(froth + rng.uniform(1, 5) * near, 1.0, 4.5) * smoothstep(near, 0.0, 0.4)
@@ -229,7 +229,7 @@ def draw_photograph(rng, fluke):
     lobe = smoothstep(x, notch_x - 0.15 * scale, notch_x + 0.15 * scale)        # 0 left, 1 right
     light = rng.uniform(0.7, 1.1) + rng.normal(0, 0.15) * (lobe - 0.5) + 0.1 * noise(rng, height, width, 3, 4)
     haze = rng.uniform(0, 0.18) + 0.06 * noise(rng, height, width, 4, 8)        # wet skin mirrors the sky
-    skin = light[..., None] * (0.05 + rng.uniform(0.55, 1.0) * albedo)
+    skin = light[..., None] * (0.05 + rng.uniform(0.6, 1.0) * albedo)
     image = sea * (1 - cover) + (skin + haze[..., None] * (0.4 + 0.6 * sea_colour)) * cover
     near = np.abs(y - surface) / rng.uniform(0.03, 0.14) + np.abs(x - notch_x) / 0.9
     foam = draw_foam(rng, np.exp(-near / scale))[..., None]
@@ -247,7 +247,7 @@ def write_photograph(job):
     (folder / split / name).write_bytes(cv2.imencode('.jpg', image[..., ::-1], quality)[1])
     (folder / 'masks' / name).with_suffix('.png').write_bytes(cv2.imencode('.png', mask)[1])
     x, y, w, h = cv2.boundingRect(mask)
-    box = [x, y, x + w, y + h] + rng.uniform(-0.01, 0.05, 4) * [-w, -h, w, h]
+    box = [x, y, x + w, y + h] + rng.uniform(-0.01, 0.08, 4) * [-w, -h, w, h]
     return np.rint(box).clip(0, [mask.shape[1], mask.shape[0]] * 2).astype(int)
 
 

@@ -98,7 +98,7 @@ def test_of_a_folder(tmp_path):
     assert ((table >= 0) & (table <= 1)).all(axis=None)
     labels = tmp_path / 'sample' / 'test_labels.csv'
     labels.write_text('\n'.join(labels.read_text().split('\n')[:-2]))
-    with pytest.raises(UserError, match='test_labels.csv does not name every test image'):
+    with pytest.raises(UserError, match='test_labels.csv must give each test image'):
         baselines_of(tmp_path / 'sample')
 
 

@@ -10,8 +10,8 @@ import torch
 from sklearn.metrics import label_ranking_average_precision_score, top_k_accuracy_score
 
 from utils.errors import UserError
-from utils.metrics import (average_precision, check_submission, choose_threshold, main, map_at_5, rank_of_truth,
-                           score_submission, top5, top_k, write_submission)
+from utils.metrics import (average_precision, check_submission, choose_threshold, main, map_at_5,
+                           rank_of_truth, score_submission, top5, top_k, write_submission)
 
 
 def random_case(seed, queries=40, n_ids=12, levels=None, new_share=0.3):
@@ -64,6 +64,14 @@ def test_ranks_and_answers_are_those_of_a_plain_list(case, threshold):
     assert map_at_5(ranks).item() == pytest.approx(naive_map5(scores, truth, threshold))
 
 
+def test_the_fifth_answer_is_the_first_of_many_equal_ones():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.zeros(20, 3000)
+    columns = torch.rand(20, 3000, generator=generator).argsort(1)[:, :4]
+    scores.scatter_(1, columns, torch.tensor([[0.9, 0.8, 0.7, 0.6]] * 20))
+    assert top5(scores, -1).tolist() == [naive_list(row, -1)[:5] for row in scores.tolist()]
+
+
 def test_map5_is_that_of_scikit_learn():
     scores, truth = random_case(8, queries=300)
     columns = torch.cat([scores, torch.full((300, 1), 0.8)], 1).numpy()  # new_whale's score is the threshold
@@ -107,6 +115,10 @@ def test_the_threshold_is_in_the_middle_of_the_widest_best_interval():
     scores = torch.tensor([[0.9], [0.1], [0.4], [0.5]])
     threshold, map5 = choose_threshold(scores, torch.tensor([0, 1, 0, 1]))
     assert (threshold, map5) == (pytest.approx(0.7), 3.5 / 4)
+    # At 0.5 one row gains what another loses: (0.1, 0.9] is one interval.
+    scores = torch.tensor([[0.9], [0.5], [0.5], [0.1]])
+    threshold, map5 = choose_threshold(scores, torch.tensor([0, 0, 1, 1]))
+    assert (threshold, map5) == (pytest.approx(0.5), 3.5 / 4)
 
 
 def test_the_threshold_between_neighbouring_floats():

@@ -82,7 +82,7 @@ def test_duplicate_ids_join_across_rows(folder):
     (folder / 'duplicate_ids.csv').write_text('Id,SubId\n' + rows)
     group = load_tables(folder).group
     assert group.dtype == np.int64 and group[0] == group[2] and len(set(group)) == 3
-    (folder / 'duplicate_ids.csv').write_text('Id,SubId\nNA,w_b\nw_b,w_a\n')
+    (folder / 'duplicate_ids.csv').write_text('Id,SubId\nw_b,NA\nw_b,w_a\n')
     group = load_tables(folder).group
     assert group[1] == group[2] == group[3] != group[0]
 

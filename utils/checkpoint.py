@@ -22,7 +22,7 @@ def load(path, device='cpu'):
     except FileNotFoundError as error:
         raise UserError(f'there is no checkpoint {path}; train first, or name another with checkPoint_start') from error
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint; all mean the same here
-        raise UserError(f'{path} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); '
+        raise UserError(f'{path} is not a readable checkpoint ({type(error).__name__}); '
                         'delete it or name another with checkPoint_start') from error
 
 

@@ -117,7 +117,7 @@ def _nearest(name, names):
 
 
 def _from_text(text, types):
-    """A text that reads as a value of one of `types` is that value; else it stays a text, if one is allowed."""
+    """A text that reads as a value of one of `types` is that value; else it stays a text, if that may be."""
     word = text.strip()
     word = word.capitalize() if word.lower() in ('true', 'false', 'none') else word
     try:

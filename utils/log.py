@@ -1,7 +1,9 @@
 """The training log: a fixed-width table, one row an evaluation; and the same rows as a CSV."""
+import sys
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from utils.files import write_whole
 
@@ -30,3 +32,8 @@ def write_log(folder, lines, evaluations):
 def duration(seconds):
     """3661 -> '1:01:01'."""
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
+
+
+def progress_bar(iterable=None, **options):
+    """tqdm, redrawn twice a second on a screen and every half minute in a file or pipe."""
+    return tqdm(iterable, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)

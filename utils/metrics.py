@@ -139,7 +139,8 @@ def score_submission(submission_csv, labels_csv):
     frame, truth = read_answers(submission_csv), read_answers(labels_csv)
     check_submission(truth, truth, Path(labels_csv).name, most=1)
     check_submission(frame, truth, Path(submission_csv).name)
-    guesses = frame.set_index('Image').loc[truth['Image'], 'Id'].str.split(expand=True).to_numpy()  # (Q, 1..5)
+    guesses = frame.set_index('Image').loc[truth['Image'], 'Id']
+    guesses = guesses.str.split(expand=True).to_numpy()  # (Q, <= 5)
     answer = truth['Id'].str.strip().to_numpy()
     right = guesses == answer[:, None]
     ranks = torch.from_numpy(np.where(right.any(1), right.argmax(1), 5))

@@ -1,0 +1,132 @@
+"""A small data set and a small backbone, so that whole trainings take seconds."""
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import models.whale_net
+import test as answer
+import train
+from data.tables import load_tables
+
+SIZES = [1, 1, 2, 2, 3, 3, 3, 4, 4, 5]  # training images of each id
+NEW, TEST = 12, 12
+SETTINGS = dict(run='r', model_name='seresnext14', height=32, width=64, batch_size=8, threads=1, precision='fp32',
+                pretrained=False, device='cpu', min_num_class=0, max_iters=6, eval_every=3)
+
+
+class SmallBackbone(nn.Module):
+    """layer0..layer4 as in a SENet, with a thousandth of its weights."""
+    channels = 24
+
+    def __init__(self, *_):
+        super().__init__()
+        for number, (inside, outside, stride) in enumerate([(4, 8, 4), (8, 8, 1), (8, 8, 2), (8, 16, 2), (16, 24, 1)]):
+            layer = nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
+            setattr(self, f'layer{number}', layer)
+
+    def forward(self, x):
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.layer0(x)))))
+
+
+def draw(path, animal, rng):
+    """A blotchy picture, the same for one animal but for light and noise."""
+    own = np.random.default_rng(animal).integers(0, 255, (4, 8, 3), np.uint8)
+    image = cv2.resize(own, (96, 48)) * rng.uniform(0.6, 1) + rng.uniform(0, 40, (48, 96, 3))
+    cv2.imwrite(str(path), image.clip(0, 255).astype(np.uint8))
+
+
+def write_frame(path, **columns):
+    pd.DataFrame(columns).to_csv(path, index=False)
+
+
+@pytest.fixture(scope='session')
+def drawn(tmp_path_factory):
+    """10 ids, 40 training and 12 test images in Kaggle's layout. To be read only; `photos` is a copy."""
+    folder, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
+    (folder / 'train').mkdir(), (folder / 'test').mkdir()
+    animals = np.concatenate([np.repeat(np.arange(len(SIZES)), SIZES), 100 + np.arange(NEW)])
+    names = [f'{number:04x}.jpg' for number in rng.permutation(len(animals))]
+    for name, animal in zip(names, animals):
+        draw(folder / 'train' / name, animal, rng)
+    write_frame(folder / 'train.csv', Image=names, Id=[f'w_{a}' if a < 100 else 'new_whale' for a in animals])
+    tests = [f't{number:02d}.jpg' for number in rng.permutation(TEST)]
+    for number, name in enumerate(tests):
+        draw(folder / 'test' / name, number, rng)
+    write_frame(folder / 'sample_submission.csv', Image=tests, Id='new_whale w_0 w_1 w_2 w_3')
+    return folder
+
+
+@pytest.fixture
+def photos(drawn, tmp_path):
+    return shutil.copytree(drawn, tmp_path / 'photos')
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty working folder, since results/ is made where a script runs; what scripts change globally is put back."""
+    folder = tmp_path / 'work'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield folder
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(models.whale_net, 'build_backbone', SmallBackbone)
+
+
+def arguments(**settings):
+    return [part for name, value in settings.items() for part in (f'--{name}', str(value))]
+
+
+@pytest.fixture
+def scripts(drawn, work, small, capsys):
+    """train(...) and answer(...) run the two scripts here: their exit code (0 when they return), out, err and folder."""
+    def call(script, settings, folder):
+        try:
+            code = script.main(arguments(**settings)) or 0
+        except SystemExit as stop:
+            code = stop.code
+        except KeyboardInterrupt:
+            pytest.fail('KeyboardInterrupt came through')
+        return SimpleNamespace(code=code, folder=folder, **capsys.readouterr()._asdict())
+
+    def run_train(**settings):
+        settings = {**SETTINGS, 'data_dir': drawn, **settings}
+        return call(train, settings, work / 'results' / settings['run'])
+
+    def run_answer(**settings):
+        settings = {**dict(data_dir=drawn, run='r', device='cpu', threads=1, precision='fp32', matches=0), **settings}
+        return call(answer, settings, work / 'results' / settings['run'])
+
+    return SimpleNamespace(train=run_train, answer=run_answer)
+
+
+def snapshot(folder):
+    """name -> bytes of all files below `folder`; empty when it is not there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def weights(folder, name='last'):
+    return torch.load(folder / f'{name}.pth', weights_only=True)['model']
+
+
+def assert_same_weights(one, other, name='last'):
+    one, other = weights(one, name), weights(other, name)
+    assert list(one) == list(other)
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different

@@ -1,0 +1,487 @@
+"""train.py: going on where it stopped, the next step, time limits, and what it refuses."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import train
+from tests.conftest import SETTINGS, arguments, assert_same_weights, snapshot, weights, write_frame
+from utils.clock import Clock
+from utils.log import TIME_COLUMNS
+
+ROOT = Path(train.__file__).parent
+ALL = dict(stages='all', max_iters=4, eval_every=2)
+
+
+def log_without_times(folder):
+    """log.txt, without the last two columns of its rows."""
+    lines = (folder / 'log.txt').read_text().splitlines()
+    return [re.sub(r' +\S+ +\S+$', '', line) if re.match(r' +\d', line) else line for line in lines]
+
+
+def assert_same_run(one, other):
+    assert_same_weights(one, other)
+    assert_same_weights(one, other, 'best')
+    assert log_without_times(one) == log_without_times(other)
+    tables = [pd.read_csv(folder / 'evaluations.csv').drop(columns=list(TIME_COLUMNS)) for folder in (one, other)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def interrupt_at(monkeypatch, where, call, number=signal.SIGINT):
+    """A signal arrives when `where`, the name of something that train.py uses, is called for the `call`-th time."""
+    target, name = (torch.optim.Adam, 'step') if where == 'Adam.step' else (train, where)
+    real, calls = getattr(target, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        result = real(*args, **kwargs)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(target, name, wrapped)
+
+
+# Going on
+
+@pytest.mark.parametrize('where, call', [('augment', 1), ('joint_loss', 2), ('joint_loss', 5), ('Adam.step', 4),
+                                         ('evaluate', 1), ('choose_threshold', 2)])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_as_one_that_was_not(scripts, monkeypatch, where, call, number):
+    if number == signal.SIGTERM and where != 'joint_loss':
+        pytest.skip('as for Ctrl-C')
+    whole = scripts.train(run='whole')
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, where, call, number)
+        stopped = scripts.train(run='stopped')
+    assert stopped.code == 130 and 'the same command goes on' in stopped.err
+    assert scripts.train(run='stopped').code == 0
+    assert_same_run(whole.folder, stopped.folder)
+
+
+@pytest.mark.parametrize('call', [5, 6, 11])  # in step 2's first iteration, its second, step 3's third
+def test_an_interrupted_run_of_all_stages_ends_as_one_that_was_not(scripts, monkeypatch, call):
+    whole = scripts.train(run='whole', **ALL)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 'joint_loss', call)
+        assert scripts.train(run='stopped', **ALL).code == 130
+    stopped = scripts.train(run='stopped', **ALL)
+    assert_same_run(whole.folder, stopped.folder)
+    assert pd.read_csv(stopped.folder / 'evaluations.csv')['step'].tolist() == [1, 1, 2, 2, 3, 3]
+
+
+def test_interrupted_twice(scripts, monkeypatch):
+    whole = scripts.train(run='whole')
+    for call in (1, 3):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 'joint_loss', call)
+            assert scripts.train(run='stopped').code == 130
+    assert_same_run(whole.folder, scripts.train(run='stopped').folder)
+
+
+def test_a_killed_run_ends_as_one_that_was_not(scripts, drawn, work):
+    """SIGKILL between evaluations, so that nothing can be saved."""
+    long = dict(max_iters=20, eval_every=4, run='killed', data_dir=drawn)
+    whole = scripts.train(**{**long, 'run': 'whole'})
+    code = ('import os, signal, sys, models.whale_net, train; from tests.conftest import SmallBackbone\n'
+            'models.whale_net.build_backbone = SmallBackbone\n'
+            'real, calls = train.joint_loss, []\n'
+            'def loss(*args):\n'
+            '    calls.append(1)\n'
+            '    if len(calls) == 11: os.kill(os.getpid(), signal.SIGKILL)\n'
+            '    return real(*args)\n'
+            'train.joint_loss = loss\n'
+            'train.main(sys.argv[1:])')
+    killed = subprocess.run([sys.executable, '-c', code, *arguments(**{**SETTINGS, **long})], cwd=work,
+                            env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(pd.read_csv(work / 'results/killed/evaluations.csv')) == 2
+    assert_same_run(whole.folder, scripts.train(**long).folder)
+
+
+# Going on or the next step
+
+def test_a_finished_step_says_so_and_changes_nothing(scripts):
+    first = scripts.train()
+    before = snapshot(first.folder)
+    again = scripts.train()
+    assert again.code == 0 and 'finished' in again.out
+    assert snapshot(first.folder) == before
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The weights that each step of a training starts from."""
+    found = []
+
+    def build(*args, real=train.build):
+        net = real(*args)
+        found.append({name: value.clone() for name, value in net.state_dict().items()})
+        return net
+
+    monkeypatch.setattr(train, 'build', build)
+    return found
+
+
+def assert_equal_weights(one, other):
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.mark.parametrize('change', [dict(freeze=True), dict(min_num_class=2), dict(lr=1e-4), dict(checkPoint_start='best')])
+def test_a_changed_constant_makes_a_next_step_from_the_best(scripts, starts, change):
+    folder = scripts.train(max_iters=5, eval_every=1).folder
+    best, log = (folder / 'step1_best.pth').read_bytes(), (folder / 'log.txt').read_text()
+    second = scripts.train(**{'checkPoint_start': 'best', **change, 'max_iters': 2, 'eval_every': 2})
+    assert second.code == 0, second.err
+    assert_equal_weights(starts[-1], weights(folder, 'step1_best'))
+    assert (folder / 'step1_best.pth').read_bytes() == best and (folder / 'step2_best.pth').is_file()
+    last = torch.load(folder / 'last.pth', weights_only=True)
+    assert (last['step'], last['iteration']) == (2, 2)
+    assert {moment['step'].item() for moment in last['optimizer']['state'].values()} == {2}  # Adam starts afresh
+    assert (folder / 'log.txt').read_text().startswith(log)  # step 1's course stays
+    assert pd.read_csv(folder / 'evaluations.csv')['step'].tolist() == [1] * 5 + [2]
+
+
+def test_a_step_starts_from_last_from_an_iteration_or_from_a_path(scripts, starts):
+    folder = scripts.train(max_iters=5, eval_every=1).folder
+    kept = sorted(int(path.stem[-6:]) for path in folder.glob('step1_0*.pth'))[0]
+    for start, name in [(kept, f'step1_{kept:06d}'), (folder / 'step1_best.pth', 'step1_best'), ('last', 'last')]:
+        own = weights(folder, name)
+        assert scripts.train(checkPoint_start=start, max_iters=1).code == 0
+        assert_equal_weights(starts[-1], own)
+
+
+def test_all_stages_start_from_the_best_of_the_one_before(scripts, starts):
+    folder = scripts.train(**{**ALL, 'max_iters': 6, 'eval_every': 1}).folder
+    assert_equal_weights(starts[1], weights(folder, 'step1_best'))
+    assert_equal_weights(starts[2], weights(folder, 'step2_best'))
+
+
+def test_frozen_layers_and_their_statistics_stand_still(scripts, starts):
+    scripts.train()
+    folder = scripts.train(freeze=True, checkPoint_start='best').folder
+    after = weights(folder)
+    same = {key for key in after if torch.equal(after[key], starts[-1][key])}
+    early = {key for key in after if re.match(r'backbone\.layer[012]', key)}
+    assert early and early <= same
+    assert {'backbone.layer3.0.weight', 'backbone.layer4.1.running_mean', 'head.weight'} & same == set()
+
+
+def test_another_seed_or_size_is_refused(scripts):
+    folder = scripts.train().folder
+    before = snapshot(folder)
+    for change in (dict(seed=1), dict(height=64), dict(fold=1), dict(flip_is_new_id=False)):
+        assert_refused(scripts.train(**change), str(*change))
+    assert snapshot(folder) == before
+
+
+def test_the_three_best_stay_under_their_iteration(scripts):
+    folder = scripts.train(max_iters=10, eval_every=2).folder
+    table = pd.read_csv(folder / 'evaluations.csv').sort_values(['valid_map5', 'iteration'], ascending=False)
+    kept = {int(path.stem[-6:]) for path in folder.glob('step1_0*.pth')}
+    assert kept == set(table['iteration'][:3])
+    best = torch.load(folder / 'step1_best.pth', weights_only=True)
+    assert best['iteration'] == table['iteration'].iloc[0]
+
+
+@pytest.mark.parametrize('start', ['best', 'last', 7, 'nowhere.pth'])
+def test_a_start_that_is_not_there_is_refused_and_nothing_written(scripts, work, start):
+    result = scripts.train(checkPoint_start=start)
+    assert_refused(result, 'checkpoint')
+    assert not (work / 'results/r').exists()
+
+
+# What ends a step
+
+def test_a_step_ends_without_a_better_validation(scripts, monkeypatch):
+    monkeypatch.setattr(train, 'choose_threshold', lambda scores, truth: (0.5, 0.25))
+    folder = scripts.train(max_iters=50, eval_every=1, patience=3).folder
+    assert pd.read_csv(folder / 'evaluations.csv')['iteration'].tolist() == [1, 2, 3, 4]
+
+
+def test_the_clock_counts_earlier_runs_and_leaves_time_to_save(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr('utils.clock.time', SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr('utils.clock.STARTED', 0.0)
+    clock = Clock(before=40.0, limit=100.0)
+    assert clock.elapsed() == 40 and not clock.over()
+    now.seconds = 30.0
+    clock.measure(began=50.0)  # an evaluation of 20 seconds
+    assert clock.elapsed() == 70 and clock.over()  # another, with something to spare, would not fit any more
+    now.seconds = 5.0
+    clock = Clock(before=40.0, limit=100.0)
+    clock.measure(began=40.0)
+    now.seconds = 45.0
+    assert not clock.over()
+    now.seconds = 59.0
+    assert clock.over()
+    now.seconds = 1e6
+    assert not Clock(before=0.0, limit=0.0).over()
+
+
+def test_max_minutes_runs_all_stages_and_ends(work, drawn):
+    settings = {**SETTINGS, **ALL, 'data_dir': drawn, 'max_iters': 100000, 'eval_every': 10000, 'max_minutes': 0.4}
+    code = ('import sys, models.whale_net, train; from tests.conftest import SmallBackbone\n'
+            'models.whale_net.build_backbone = SmallBackbone\n'
+            'train.main(sys.argv[1:])')
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, '-c', code, *arguments(**settings)], cwd=work, timeout=300,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 24 + 60  # a slow machine's start and end, yet far from endless
+    assert pd.read_csv(work / 'results/r/evaluations.csv')['step'].unique().tolist() == [1, 2, 3]
+    assert torch.load(work / 'results/r/last.pth', weights_only=True)['finished']
+
+
+def test_the_learning_rate_rises_and_falls():
+    c = SimpleNamespace(warmup=4, cosine=True, max_iters=100, max_minutes=0.0)
+    factors = [train.lr_factor(c, {}, iteration, None) for iteration in range(101)]
+    assert np.allclose(factors[:3], [0.25, 0.5, 0.75], atol=2e-3)
+    assert np.isclose(factors[50], 0.5) and factors[99] < 1e-3 and factors[100] == 0
+    c.cosine = False
+    assert train.lr_factor(c, {}, 99, None) == 1
+
+
+# What comes out does not depend on how the table is written
+
+def test_the_order_of_rows_changes_nothing(scripts, photos):
+    one = scripts.train(run='one')
+    table = pd.read_csv(photos / 'train.csv')
+    table.sample(frac=1, random_state=1).to_csv(photos / 'train.csv', index=False)
+    assert_same_run(one.folder, scripts.train(run='other', data_dir=photos).folder)
+
+
+def test_other_names_for_the_ids_change_nothing(scripts, photos):
+    one = scripts.train(run='one')
+    table = pd.read_csv(photos / 'train.csv')
+    ids = sorted(set(table['Id']) - {'new_whale'})
+    names = {old: f'animal{number:03d}' for number, old in enumerate(ids)}
+    table.assign(Id=table['Id'].replace(names)).to_csv(photos / 'train.csv', index=False)
+    assert_same_run(one.folder, scripts.train(run='other', data_dir=photos).folder)
+
+
+def test_another_seed_changes_the_weights(scripts):
+    one, other = scripts.train(run='one').folder, scripts.train(run='other', seed=1).folder
+    assert not torch.equal(weights(one)['head.weight'], weights(other)['head.weight'])
+
+
+def spy_on_batches(monkeypatch):
+    seen = []
+
+    def getitems(self, batch, real=train.Data.__getitems__):
+        seen.extend(row for row, _ in batch)
+        spy.data = self
+        return real(self, batch)
+
+    spy = SimpleNamespace(rows=seen)
+    monkeypatch.setattr(train.Data, '__getitems__', getitems)
+    return spy
+
+
+@pytest.mark.parametrize('min_num_class', [0, 3])
+def test_no_validation_image_and_no_rare_id_is_in_a_batch(scripts, monkeypatch, min_num_class):
+    spy = spy_on_batches(monkeypatch)
+    scripts.train(min_num_class=min_num_class, max_iters=30, eval_every=30)
+    seen, valid = np.unique(spy.rows), spy.data.valid
+    labels = spy.data.train['Id'].to_numpy()
+    assert valid.any() and not valid[seen].any()
+    left = pd.Series(labels[~valid]).value_counts()
+    assert set(labels[seen]) == {'new_whale', *left.index[left >= min_num_class]}
+
+
+def test_duplicate_ids_reach_the_loss(scripts, photos, monkeypatch):
+    write_frame(photos / 'duplicate_ids.csv', Id=['w_2'], SubId=['w_7'])
+    groups = []
+    monkeypatch.setattr(train, 'joint_loss', lambda *args, real=train.joint_loss: groups.append(args[2]) or real(*args))
+    assert scripts.train(data_dir=photos, max_iters=1).code == 0
+    group = groups[0].tolist()
+    assert group[2] == group[7] and group[12] == group[17]
+    assert len(set(group)) == len(group) - 2 == 19  # else all differ, a whale from its mirror image too
+
+
+# What is refused
+
+def assert_refused(result, *words):
+    """Exit code 2 and one line that says what is wrong."""
+    assert result.code == 2, result
+    lines = [line for line in result.err.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1 and 'Traceback' not in result.err
+    for word in words:
+        assert word in lines[0]
+
+
+def edit_table(photos, edit):
+    table = pd.read_csv(photos / 'train.csv')
+    edit(table).to_csv(photos / 'train.csv', index=False)
+
+
+def first_row(**cells):
+    return lambda table: table.assign(**{name: [cell, *table[name][1:]] for name, cell in cells.items()})
+
+
+BAD_SETTINGS = {
+    'unknown constant': (dict(batchsize=8), ['batchsize', 'batch_size']),
+    'not a number': (dict(lr='fast'), ['lr', 'number']),
+    'out of range': (dict(lr=3), ['lr', 'between 0 and 1']),
+    'not a bool': (dict(freeze='maybe'), ['freeze', 'True or False']),
+    'batch size': (dict(batch_size=10), ['batch_size', 'multiple of 4']),
+    'model_name': (dict(model_name='seresnxt50'), ['seresnxt50', 'seresnext50']),
+    'timm name': (dict(model_name='timm/resnet5O'), ['timm/resnet5O', 'timm/resnet50']),
+    'device': (dict(device='gpu'), ['gpu', 'cuda']),
+    'data_dir': (dict(data_dir='nowhere'), ['nowhere', 'https://www.kaggle.com', 'data.make_sample']),
+    'rare ids only': (dict(min_num_class=50), ['min_num_class = 50', 'largest has']),
+    'too large a batch': (dict(batch_size=48), ['batch_size = 48', 'training images']),
+    'no weights': (dict(pretrained=True), ['seresnext14', 'pretrained = False']),
+    'shares of stages': (dict(stages='all', stage_share='(1, 1)'), ['stage_share', '3 stages']),
+    'start': (dict(checkPoint_start='best'), ['checkPoint_start']),
+}
+
+
+@pytest.mark.parametrize('settings, words', BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_a_bad_setting_is_refused_and_nothing_written(scripts, settings, words):
+    result = scripts.train(**settings)
+    assert_refused(result, *words)
+    assert not result.folder.exists()
+
+
+@pytest.mark.parametrize('settings, words', BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_a_bad_setting_leaves_a_stopped_training_as_it_was(scripts, monkeypatch, settings, words):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 'joint_loss', 4)
+        folder = scripts.train().folder
+    before = snapshot(folder)
+    if 'checkPoint_start' in settings:
+        settings = dict(checkPoint_start=77)
+    assert scripts.train(**settings).code == 2
+    assert snapshot(folder) == before
+
+
+BAD_TABLES = {
+    'no columns': (lambda t: t.rename(columns={'Id': 'whale'}), ['column', 'Id']),
+    'blank id': (first_row(Id=''), ['without an image or an id', 'line 2']),
+    'image twice': (lambda t: pd.concat([t, t[:1]]), ['more than once']),
+    'no file': (first_row(Image='gone.jpg'), ['gone.jpg', 'not in']),
+    'space in an id': (first_row(Id='w 1'), ['space', 'w 1']),
+    'no ids': (lambda t: t.assign(Id='new_whale'), ['names no id']),
+    'one image each': (lambda t: t.assign(Id=[f'w_{i}' for i in range(len(t))]), ['two images']),
+}
+
+
+@pytest.mark.parametrize('edit, words', BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_bad_table_is_refused_and_nothing_written(scripts, photos, edit, words):
+    edit_table(photos, edit)
+    result = scripts.train(data_dir=photos)
+    assert_refused(result, *words)
+    assert not result.folder.exists()
+
+
+def test_a_file_that_the_table_does_not_list_is_named_in_the_log(scripts, photos):
+    (photos / 'train/extra.jpg').write_bytes((photos / 'test/t00.jpg').read_bytes())
+    folder = scripts.train(data_dir=photos, max_iters=1).folder
+    assert 'extra.jpg' in (folder / 'log.txt').read_text()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+    return path.name
+
+
+def test_broken_images_are_named_or_left_out(scripts, photos, monkeypatch):
+    name, other = cut(sorted((photos / 'train').iterdir())[3]), cut(photos / 'test/t03.jpg')
+    refused = scripts.train(data_dir=photos)
+    assert_refused(refused, f'train/{name}', f'test/{other}', 'skip_bad_images')
+    assert not refused.folder.exists()
+    spy = spy_on_batches(monkeypatch)
+    went_on = scripts.train(data_dir=photos, skip_bad_images=True)
+    assert went_on.code == 0 and name not in set(spy.data.train['Image'])
+    assert name in (went_on.folder / 'log.txt').read_text()
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint' * 20])
+def test_an_unreadable_checkpoint_is_refused_and_left_alone(scripts, work, content):
+    path = work / 'results/r/last.pth'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert_refused(scripts.train(), 'last.pth', 'not a readable checkpoint')
+    assert snapshot(path.parent) == {'last.pth': content}
+
+
+@pytest.mark.parametrize('content', [{'weight': torch.zeros(2)}, torch.zeros(2)], ids=['weights', 'tensor'])
+@pytest.mark.parametrize('name', ['last.pth', 'other.pth'])
+def test_a_file_of_torch_that_is_no_checkpoint_is_refused(scripts, work, content, name):
+    path = work / 'results/r' / name
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    before = snapshot(path.parent)
+    assert_refused(scripts.train(checkPoint_start=0 if name == 'last.pth' else path), name)
+    assert snapshot(path.parent) == before
+
+
+def test_a_start_of_other_ids_or_another_network_is_refused_and_nothing_written(scripts, photos):
+    best = scripts.train(run='first').folder / 'best.pth'
+    other = scripts.train(run='other', checkPoint_start=best, flip_is_new_id=False)
+    assert_refused(other, 'best.pth')
+    assert not other.folder.exists()
+    edit_table(photos, first_row(Id='w_another'))
+    other = scripts.train(run='other', checkPoint_start=best, data_dir=photos)
+    assert_refused(other, 'best.pth', 'ids')
+    assert not other.folder.exists()
+
+
+def test_a_stopped_training_does_not_go_on_with_other_ids(scripts, photos, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 'joint_loss', 4)
+        folder = scripts.train().folder
+    before = snapshot(folder)
+    edit_table(photos, first_row(Id='w_another'))
+    assert_refused(scripts.train(data_dir=photos), 'other ids')
+    assert snapshot(folder) == before
+
+
+# A loss that is not finite
+
+def spoil_loss(monkeypatch, call):
+    """The loss of the `call`-th iteration is not a number."""
+    calls, spy = [], spy_on_batches(monkeypatch)
+
+    def loss(*args, real=train.joint_loss):
+        calls.append(1)
+        total, parts = real(*args)
+        if len(calls) == call:
+            spy.names = set(spy.data.train['Image'].iloc[spy.rows[-8:]])
+            total = total * float('nan')
+        return total, parts
+
+    monkeypatch.setattr(train, 'joint_loss', loss)
+    return spy
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_images(scripts, monkeypatch):
+    folder = scripts.train(max_iters=4, eval_every=2).folder
+    last = (folder / 'last.pth').read_bytes()
+    spy = spoil_loss(monkeypatch, 2)
+    result = scripts.train(max_iters=9, eval_every=3, lr=1e-4, checkPoint_start='best')
+    assert_refused(result, 'not finite', 'lower lr')
+    named, = folder.glob('not_finite*.txt')
+    assert set(named.read_text().split()) == spy.names
+    assert named.name in result.err
+    assert (folder / 'last.pth').read_bytes() == last
+
+
+def test_an_interrupt_does_not_save_weights_that_are_not_finite(scripts, monkeypatch):
+    folder = scripts.train(max_iters=4, eval_every=2).folder
+    last = (folder / 'last.pth').read_bytes()
+    spoil_loss(monkeypatch, 2)
+    interrupt_at(monkeypatch, 'joint_loss', 4)
+    result = scripts.train(max_iters=9, eval_every=9, lr=1e-4, checkPoint_start='best')
+    assert_refused(result, 'not finite')
+    assert (folder / 'last.pth').read_bytes() == last

@@ -1,0 +1,29 @@
+"""Ctrl-C and SIGTERM, answered between two iterations instead of in the middle of one."""
+import signal
+
+
+class Interrupt:
+    """Within `with Interrupt() as interrupt:` the first signal only sets `interrupt.asked`; a second one ends at once.
+
+    An exception raised half-way through an optimizer step would leave weights that belong to no iteration.
+    """
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def _note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_interrupt(_worker):
+    """For worker processes: Ctrl-C reaches them too, and they must serve the iteration in hand."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
