@@ -5,7 +5,6 @@ Results go to results/RUN: log.txt, curves.png, evaluations.csv, best.pth, last.
 """
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
-import math
 import sys
 from pathlib import Path
 
@@ -41,9 +40,9 @@ min_num_class = 10          # only ids with at least this many images (validatio
 checkPoint_start = 0        # 0: ImageNet weights; or an iteration, 'best' (of the step before), 'last', a path
 lr = 3e-4                   # Adam's step; 3e-5 in step 3
 stages = 'one'              # 'one': the step that the constants above describe; 'all': the rows of `schedule` in one go
-schedule = [(10, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)]         # min_num_class, freeze, lr of each stage
-schedule_scratch = [(0, False, 1e-3), (0, False, 1e-3), (0, False, 1e-4)]  # the same for pretrained = False
-stage_share = (0.3, 0.4, 0.3)  # of max_minutes, for each stage
+schedule = [(10, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)]          # min_num_class, freeze, lr of each stage
+schedule_scratch = [(0, False, 1e-3), (0, False, 3e-4), (0, False, 1e-4)]  # with pretrained = False: all ids, no freeze
+stage_share = (0.6, 0.25, 0.15)  # of max_minutes, for each stage
 
 # Data
 data_dir = 'data'           # where train.csv, train/, test/ lie; data/sample is the drawn one
@@ -65,9 +64,8 @@ hardest = 30                # classifiers of each image that teach: those most w
 batch_size = 48             # images: 12 x (anchor, positive, another id, new_whale)
 images_per_id = 0           # 0: the items above; K: P ids x K images, and a quarter new_whale
 strength = 1.0              # of the augmentation: 0 none, 1 the reference's ranges
+strength_scratch = 0.5      # the same with pretrained = False, where the full ranges slow the start (see the README)
 weight_decay = 2e-4         # Adam's L2
-warmup = 0                  # iterations in which each step's lr rises from 0
-cosine = False              # each step's lr falls to 0 along half a cosine, by iterations or by time, whichever is further
 clip = 5.0                  # largest gradient norm
 
 # Running
@@ -100,7 +98,8 @@ RULES = dict(
     width=(int, lambda v: v >= 32, 'at least 32 pixels'), cache_dir=text, pretrained=flag,
     w_sigmoid=weight, w_triplet=weight, w_local=weight, margin=weight, hardest=positive_int,
     batch_size=(int, lambda v: v >= 8 and v % 4 == 0, 'a multiple of 4, at least 8'), images_per_id=count,
-    strength=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'), weight_decay=weight, warmup=count, cosine=flag,
+    strength=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'),
+    strength_scratch=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'), weight_decay=weight,
     clip=(float, lambda v: v > 0, 'a number above 0'), max_iters=positive_int, eval_every=positive_int,
     patience=positive_int, max_minutes=weight, seed=count, device=text, threads=count, workers=count,
     precision=(str, lambda v: v in ('auto', 'bf16', 'fp32'), "'auto', 'bf16' or 'fp32'"))
@@ -198,6 +197,7 @@ def train_step(c, step, data, folder, state):
                            c.seed + 1000 * step['step'], state['iteration'])
     batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=c.workers, collate_fn=lambda batch: batch,
                               pin_memory='cuda' in c.device, worker_init_fn=ignore_interrupt))
+    strength = c.strength if c.pretrained else c.strength_scratch
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
     sums = torch.zeros(9, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
     bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
@@ -219,13 +219,11 @@ def train_step(c, step, data, folder, state):
         while not state['finished'] and not interrupt.asked:
             crops, masks, labels, flips = (part.to(c.device, non_blocking=True) for part in next(batches))
             torch.manual_seed((100 * c.seed + step['step']) * 10 ** 8 + state['iteration'])  # resumes without stored states
-            images = augment(crops, masks, flips, c.height, c.width, MARGIN, c.strength)  # (B, 4, H, W)
+            images = augment(crops, masks, flips, c.height, c.width, MARGIN, strength)  # (B, 4, H, W)
             labels = flip_labels(labels, flips, data.num_ids, c.flip_is_new_id)  # (B,)
             with torch.autocast(torch.device(c.device).type, amp, enabled=amp is not None):
                 outputs = net(images.contiguous(memory_format=torch.channels_last), local=c.w_local > 0)
             loss, parts = joint_loss(outputs, labels, group, c.w_sigmoid, c.w_triplet, c.w_local, c.margin, c.hardest)
-            for options in optimizer.param_groups:
-                options['lr'] = step['lr'] * lr_factor(c, step, state['iteration'], clock)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), c.clip)
@@ -245,7 +243,7 @@ def train_step(c, step, data, folder, state):
                 refuse_bad_loss(int(bad), data, sampler, folder)
             if evaluate_now:
                 began = clock.elapsed()
-                row = evaluate(c, step, data, net, amp, state, sums, sampler, optimizer.param_groups[0]['lr'])
+                row = evaluate(c, step, data, net, amp, state, sums, sampler)
                 row.update(zip(('img_s', 'left', 'seconds'), pace(c, step, clock, state, c.batch_size * sums[-1].item())))
                 state['evaluations'] = state['evaluations'] + [row]
                 say(state, format_row(row))
@@ -269,16 +267,7 @@ def train_step(c, step, data, folder, state):
     return state
 
 
-def lr_factor(c, step, iteration, clock):
-    """What the step's lr is multiplied by: the rise of `warmup`, the fall of `cosine`."""
-    rise = min(1.0, (iteration + 1) / c.warmup) if c.warmup else 1.0
-    if not c.cosine:
-        return rise
-    progress = max(iteration / c.max_iters, clock.progress(step['begins']) if c.max_minutes else 0.0)
-    return rise * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def evaluate(c, step, data, net, amp, state, sums, sampler, lr):
+def evaluate(c, step, data, net, amp, state, sums, sampler):
     """Score the validation fold (image and mirror) and choose the threshold there; one row of the log, times apart."""
     scores, _ = predict(net, data.crops, data.valid_rows, c.height, c.width, data.num_ids, c.flip_is_new_id,
                         device=c.device, amp=amp)  # (Q, N)
@@ -289,7 +278,7 @@ def evaluate(c, step, data, net, amp, state, sums, sampler, lr):
     mean = (sums / sums[-1]).tolist()
     names = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')
     return dict(step=step['step'], iteration=state['iteration'], epoch=state['iteration'] / sampler.iterations_per_pass,
-                lr=lr, **dict(zip(names, mean)), valid_top1=top_k(ranks, 1).item(), valid_top5=top_k(ranks, 5).item(),
+                lr=step['lr'], **dict(zip(names, mean)), valid_top1=top_k(ranks, 1).item(), valid_top5=top_k(ranks, 5).item(),
                 valid_map5=valid_map5, threshold=state['threshold'])
 
 

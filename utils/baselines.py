@@ -1,7 +1,7 @@
-"""What doing no learning scores: `python -m utils.baselines DATA_DIR`; the truth is DATA_DIR/test_labels.csv.
+"""What doing no learning scores: `python -m utils.baselines DATA_DIR`; the truth is its test_labels.csv.
 
-Each test image gets the ids of its most similar training images, by pixels or by histograms of oriented gradients
-(HOG, Dalal and Triggs 2005), on the box crops that a network sees. Thresholds come from the training labels alone.
+Each test image gets the ids of its most similar training images, by pixels or by histograms of oriented
+gradients (HOG, Dalal and Triggs 2005), on the network's box crops; thresholds come from training labels alone.
 """
 import sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def pixel_features(crops):
 
 
 def hog_features(crops):
-    """Histograms of oriented gradients, length 1: (n, H, W), sides a multiple of `cell`, -> (n, blocks * 4 * bins)."""
+    """Histograms of oriented gradients, length 1: (n, H, W), multiples of `cell`, -> (n, blocks * 4 * bins)."""
     dy, dx = np.gradient(crops, axis=(1, 2))
     turn = (np.arctan2(dy, dx) % np.pi) / np.pi * bins      # (n, H, W)
     apart = np.abs(turn[..., None] - np.arange(bins))       # (n, H, W, bins)
@@ -65,7 +65,8 @@ def baselines(train_crops, train_labels, test_crops, test_labels, num_ids):
     Crops are (n, H, W) grey; labels (n,) int64 are 0..N-1, N for new_whale.
     """
     frequency = torch.bincount(train_labels, minlength=num_ids + 1)
-    methods = {'new_whale, then the most frequent ids': (frequency[:num_ids].float().expand(len(test_labels), -1), torch.inf)}
+    common = frequency[:num_ids].float().expand(len(test_labels), -1)
+    methods = {'new_whale, then the most frequent ids': (common, torch.inf)}
     asks = (train_labels == num_ids) | (frequency[train_labels] > 1)    # an id's only image has nothing to find
     for name, features in [('nearest neighbour, pixels', pixel_features), ('nearest neighbour, HOG', hog_features)]:
         train, test = features(train_crops), features(test_crops)

@@ -17,10 +17,6 @@ class Clock:
         """Whether the time is up, with enough of it left to evaluate and save."""
         return bool(self.limit) and self.elapsed() + self.reserve >= self.limit
 
-    def progress(self, begins):
-        """The share that has gone of the time from `begins` (seconds) to the limit."""
-        return (self.elapsed() - begins) / max(self.limit - self.reserve - begins, 1)
-
     def measure(self, began):
         """Remember how long an evaluation took that began at `began` seconds; the last one must fit before the limit."""
         self.reserve = max(self.reserve, 1.3 * (self.elapsed() - began) + 1)

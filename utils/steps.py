@@ -31,7 +31,6 @@ def plan(c, folder):
     done = np.cumsum(shares) / sum(shares)
     steps = [dict(step=first + i, first=first, rows=rows, start=c.checkPoint_start, share=float(done[i]),
                   min_num_class=row[0], freeze=row[1], lr=row[2], last=i == len(rows) - 1,
-                  begins=float(done[i - 1]) * 60 * c.max_minutes if i else 0.0,
                   checkPoint_start=c.checkPoint_start if i == 0 else 'best') for i, row in enumerate(rows)]
     if last:
         for name in FIXED:
