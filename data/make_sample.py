@@ -47,8 +47,9 @@ def plan_photographs(seed, num_ids):
         return [pattern.format(number) for number in rng.choice(16 ** digits, count, replace=False)]
 
     num_single = round(single_share * num_ids)
-    tail = -np.log1p(-(np.arange(num_ids - num_single) + 0.5) / (num_ids - num_single))     # exponential, mean 1
-    sizes = np.append(np.ones(num_single, int), np.minimum(2 + 6.5 * rng.permutation(tail), max_images).astype(int))
+    num_more = num_ids - num_single
+    tail = -6.5 * np.log1p(-(rng.permutation(num_more) + 0.5) / num_more)       # exponential, mean 6.5
+    sizes = np.append(np.ones(num_single, int), np.int64(np.minimum(2 + tail, max_images)))
     num_new = round(sizes.sum() * new_whale_share / (1 - new_whale_share))
     num_test = round(test_images * num_ids)
     test_new, test_single = round(test_new_share * num_test), round(test_single_share * num_test)

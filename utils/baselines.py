@@ -1,9 +1,9 @@
-"""What doing no learning scores: `python -m utils.baselines DATA_DIR`; the truth is its test_labels.csv.
+"""What doing no learning scores: `python -m utils.baselines DATA_DIR [--run RUN]`, with DATA_DIR/test_labels.csv.
 
 Each test image gets the ids of its most similar training images, by pixels or by histograms of oriented
-gradients (HOG, Dalal and Triggs 2005), on the network's box crops; thresholds come from training labels alone.
+gradients (HOG, Dalal and Triggs 2005), on the network's box crops; thresholds come from the training labels.
 """
-import sys
+import argparse
 from pathlib import Path
 
 import cv2
@@ -13,10 +13,13 @@ import torch
 from torch.nn.functional import normalize
 
 from data.decode import read_image
-from data.images import cut_crop, raw_size
+from data.images import Crops, cut_crop, raw_size
 from data.tables import load_tables, read_labels
+from models.whale_net import WhaleNet
+from utils import checkpoint
 from utils.errors import UserError, exit_clearly
-from utils.metrics import NEW_WHALE, choose_threshold, map_at_5, rank_of_truth
+from utils.metrics import NEW_WHALE, choose_threshold, map_at_5, rank_of_truth, score_submission
+from utils.scores import predict
 
 height, width = 64, 128     # of the grey crops; half of that for pixels
 cell, bins = 8, 9           # HOG: pixels on a cell's side, directions in half a turn
@@ -41,7 +44,7 @@ def pixel_features(crops):
 
 
 def hog_features(crops):
-    """Histograms of oriented gradients, length 1: (n, H, W), multiples of `cell`, -> (n, blocks * 4 * bins)."""
+    """Histograms of oriented gradients, length 1: (n, H, W), multiples of `cell` -> (n, blocks * 36)."""
     dy, dx = np.gradient(crops, axis=(1, 2))
     turn = (np.arctan2(dy, dx) % np.pi) / np.pi * bins      # (n, H, W)
     apart = np.abs(turn[..., None] - np.arange(bins))       # (n, H, W, bins)
@@ -59,46 +62,79 @@ def nearest_scores(likeness, labels, num_ids):
     return scores.scatter_reduce(1, labels.expand(len(likeness), -1), likeness, 'amax')[:, :num_ids]
 
 
+def score(scores, truth, threshold):
+    """MAP@5, and top-1 of the named images when new_whale may not be said: dict map5, named_top1."""
+    named = truth < scores.shape[1]
+    return {'map5': map_at_5(rank_of_truth(scores, truth, threshold)).item(),
+            'named_top1': (scores.argmax(1) == truth)[named].float().mean().item()}
+
+
+def nearest(train, train_labels, test, test_labels, num_ids):
+    """`score` of the nearest neighbour by (n, C) features of length 1; threshold by leaving one out."""
+    repeated = torch.bincount(train_labels)[train_labels] > 1
+    asks = repeated | (train_labels == num_ids)     # an id's only image has nothing to find
+    others = nearest_scores((train @ train.T).fill_diagonal_(-torch.inf), train_labels, num_ids)
+    threshold, _ = choose_threshold(others[asks], train_labels[asks])
+    return score(nearest_scores(test @ train.T, train_labels, num_ids), test_labels, threshold)
+
+
 def baselines(train_crops, train_labels, test_crops, test_labels, num_ids):
-    """Scores without learning: DataFrame, a row a method, columns map5 and named_top1 (new_whale images left out).
+    """Scores without learning: DataFrame, a row a method, columns map5 and named_top1.
 
     Crops are (n, H, W) grey; labels (n,) int64 are 0..N-1, N for new_whale.
     """
-    frequency = torch.bincount(train_labels, minlength=num_ids + 1)
-    common = frequency[:num_ids].float().expand(len(test_labels), -1)
-    methods = {'new_whale, then the most frequent ids': (common, torch.inf)}
-    asks = (train_labels == num_ids) | (frequency[train_labels] > 1)    # an id's only image has nothing to find
-    for name, features in [('nearest neighbour, pixels', pixel_features), ('nearest neighbour, HOG', hog_features)]:
-        train, test = features(train_crops), features(test_crops)
-        others = nearest_scores((train @ train.T).fill_diagonal_(-torch.inf), train_labels, num_ids)
-        threshold, _ = choose_threshold(others[asks], train_labels[asks])
-        methods[name] = nearest_scores(test @ train.T, train_labels, num_ids), threshold
-    named = test_labels < num_ids
-    return pd.DataFrame.from_dict({name: {
-        'map5': map_at_5(rank_of_truth(scores, test_labels, threshold)).item(),
-        'named_top1': (scores.argmax(1) == test_labels)[named].float().mean().item(),
-    } for name, (scores, threshold) in methods.items()}, orient='index')
+    common = torch.bincount(train_labels, minlength=num_ids + 1)[:num_ids].expand(len(test_labels), -1)
+    table = {'new_whale, then the most frequent ids': score(common.float(), test_labels, torch.inf)}
+    for kind, features in [('pixels', pixel_features), ('HOG', hog_features)]:
+        table[f'nearest neighbour, {kind}'] = nearest(
+            features(train_crops), train_labels, features(test_crops), test_labels, num_ids)
+    return pd.DataFrame.from_dict(table, orient='index')
 
 
-def baselines_of(data_dir):
-    """`baselines` of a folder in Kaggle's layout; UserError unless its test_labels.csv names every test image."""
-    tables = load_tables(data_dir)
+def untrained(tables, train_labels, test_labels, run):
+    """`nearest` by the embedding of the network of results/RUN as it was before training."""
+    c = checkpoint.load(checkpoint.find(Path('results') / run, 'best'))['constants']
+    torch.manual_seed(c['seed'])
+    net = WhaleNet(c['model_name'], 2 * tables.num_ids, c['height'], c['width'])
+    features = []
+    for frame in (tables.train, tables.test):
+        crops = Crops(frame, c['height'], c['width'], c['cache_dir'])
+        _, embedding = predict(net, crops, np.arange(len(frame)), c['height'], c['width'], tables.num_ids)
+        features.append(embedding.flatten(1) / 2 ** 0.5)     # (n, 2C): the image and its mirror image
+    return nearest(features[0], train_labels, features[1], test_labels, tables.num_ids)
+
+
+def baselines_of(data_dir, run=None):
+    """`baselines` of a folder in Kaggle's layout; with `run` also that network untrained, and its submission.
+
+    Raises UserError unless test_labels.csv gives every test image an id of train.csv or new_whale.
+    """
+    tables, labels_csv = load_tables(data_dir), Path(data_dir) / 'test_labels.csv'
     number = {name: label for label, name in enumerate([*tables.ids, NEW_WHALE])}
-    truth = read_labels(Path(data_dir) / 'test_labels.csv').set_index('Image')['Id'].map(number)
+    truth = read_labels(labels_csv).set_index('Image')['Id'].map(number)
     test_labels = tables.test['Image'].map(truth)
     if not len(test_labels) or test_labels.isna().any():
-        raise UserError(f'{data_dir}/test_labels.csv must give each test image an id of train.csv or {NEW_WHALE}')
-    train_labels = tables.train['label'].clip(upper=tables.num_ids)
-    labels = (torch.tensor(column.to_numpy(int)) for column in (train_labels, test_labels))
-    return baselines(grey_crops(tables.train), next(labels), grey_crops(tables.test), next(labels), tables.num_ids)
+        raise UserError(f'{labels_csv} must give each test image an id of train.csv, or new_whale')
+    train_labels = torch.tensor(tables.train['label'].to_numpy()).clamp(max=tables.num_ids)
+    test_labels = torch.tensor(test_labels.to_numpy(int))
+    crops = (grey_crops(frame) for frame in (tables.train, tables.test))
+    table = baselines(next(crops), train_labels, next(crops), test_labels, tables.num_ids)
+    if run:
+        table.loc['nearest neighbour, untrained network'] = untrained(tables, train_labels, test_labels, run)
+        result = score_submission(Path('results') / run / 'submission.csv', labels_csv)
+        table.loc['trained network'] = {name: result[name] for name in table.columns}
+    return table
 
 
 @exit_clearly
-def main(argv):
-    if len(argv) != 1:
-        raise UserError('give one folder: python -m utils.baselines data/sample')
-    print(baselines_of(argv[0]).rename(columns={'map5': 'MAP@5', 'named_top1': 'named-only top-1'}).round(3))
+def main():
+    """Read the command line and print the table."""
+    parser = argparse.ArgumentParser(description='What doing no learning scores on a data set.')
+    parser.add_argument('data_dir', help='folder in Kaggle\'s layout, with test_labels.csv')
+    parser.add_argument('--run', help='also score this training, results/RUN, and its network untrained')
+    table = baselines_of(**vars(parser.parse_args()))
+    print(table.rename(columns={'map5': 'MAP@5', 'named_top1': 'named-only top-1'}).round(3).to_string())
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main()

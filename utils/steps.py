@@ -29,9 +29,11 @@ def plan(c, folder):
         [tuple(row) for row in last['rows']] == rows and last['start'] == c.checkPoint_start)
     first = last['first'] if same else (last['step'] + 1 if last else 1)
     done = np.cumsum(shares) / sum(shares)
+    # A stage that the clock ends has not converged: its best evaluation so far is mostly luck, its last one the furthest.
+    between = 'last' if c.max_minutes else 'best'
     steps = [dict(step=first + i, first=first, rows=rows, start=c.checkPoint_start, share=float(done[i]),
                   min_num_class=row[0], freeze=row[1], lr=row[2], last=i == len(rows) - 1,
-                  checkPoint_start=c.checkPoint_start if i == 0 else 'best') for i, row in enumerate(rows)]
+                  checkPoint_start=c.checkPoint_start if i == 0 else between) for i, row in enumerate(rows)]
     if last:
         for name in FIXED:
             if last['constants'][name] != getattr(c, name):

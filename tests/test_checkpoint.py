@@ -1,0 +1,119 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from tests.conftest import snapshot
+from utils import checkpoint
+from utils.errors import UserError
+
+
+def keep(folder, scores, step=1):
+    """Evaluations 10, 20, ... with these MAP@5."""
+    kept = []
+    for number, score in enumerate(scores, 1):
+        kept = checkpoint.keep_best(folder, step, 10 * number, score, kept, {'iteration': 10 * number})
+    return kept
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def iteration(path):
+    return checkpoint.load(path)['iteration']
+
+
+def test_the_three_best_are_kept(tmp_path):
+    kept = keep(tmp_path, [0.1, 0.5, 0.4, 0.2, 0.6, 0.3])
+    assert kept == [(0.6, 50), (0.5, 20), (0.4, 30)]
+    assert names(tmp_path) == ['best.pth', 'step1_000020.pth', 'step1_000030.pth', 'step1_000050.pth', 'step1_best.pth']
+    assert iteration(tmp_path / 'best.pth') == iteration(tmp_path / 'step1_best.pth') == 50
+
+
+def test_of_equal_ones_the_later_are_kept(tmp_path):
+    assert keep(tmp_path, [0.3] * 5) == [(0.3, 50), (0.3, 40), (0.3, 30)]
+    assert iteration(tmp_path / 'best.pth') == 50
+    assert names(tmp_path)[1:4] == ['step1_000030.pth', 'step1_000040.pth', 'step1_000050.pth']
+
+
+def test_the_next_step_leaves_the_kept_ones_of_the_step_before(tmp_path):
+    keep(tmp_path, [0.5, 0.4])
+    keep(tmp_path, [0.1], step=2)
+    assert iteration(tmp_path / 'step1_best.pth') == 10
+    assert {'step1_000010.pth', 'step1_000020.pth', 'step2_000010.pth'} <= set(names(tmp_path))
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / 'last.pth', {'iteration': 1})
+    before = snapshot(tmp_path)
+
+    def full(state, path):
+        with open(path, 'wb') as file:
+            file.write(b'half')
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='No space'):
+        checkpoint.save(tmp_path / 'last.pth', {'iteration': 2})
+    assert snapshot(tmp_path) == before
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, ('owned',)
+
+
+@pytest.mark.parametrize('write', [torch.save, lambda state, path: path.write_bytes(pickle.dumps(state))])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    write({'iteration': 1, 'model': Exploit()}, tmp_path / 'evil.pth')
+    with pytest.raises(UserError, match='evil.pth is not a readable checkpoint') as error:
+        checkpoint.load('evil.pth')
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'owned').exists()
+
+
+@pytest.mark.parametrize('content', [b'', b'\0', b'no checkpoint', b'PK\3\4 cut off'])
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, content):
+    (tmp_path / 'a.pth').write_bytes(content)
+    with pytest.raises(UserError, match='a.pth is not a readable checkpoint') as error:
+        checkpoint.load(tmp_path / 'a.pth')
+    assert '\n' not in str(error.value)
+
+
+def test_a_checkpoint_that_is_cut_off_is_refused(tmp_path):
+    path = tmp_path / 'a.pth'
+    checkpoint.save(path, {'model': torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match='not a readable checkpoint'):
+        checkpoint.load(path)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match='there is no checkpoint .*a.pth'):
+        checkpoint.load(tmp_path / 'a.pth')
+
+
+def test_find(tmp_path):
+    keep(tmp_path, [0.1, 0.5])
+    keep(tmp_path, [0.4], step=2)
+    checkpoint.save(tmp_path / 'last.pth', {'iteration': 99})
+
+    def find(start, **options):
+        return checkpoint.find(tmp_path, start, **options).name
+
+    assert find('best') == 'best.pth' and find('last') == 'last.pth'
+    assert find('best', before_step=2) == 'step1_best.pth' and find('best', before_step=3) == 'step2_best.pth'
+    assert find(20) == 'step1_000020.pth' and find(10) == 'step2_000010.pth'
+    assert find(str(tmp_path / 'step1_best.pth')) == 'step1_best.pth'
+
+
+def test_a_start_that_was_not_kept_is_refused_and_the_kept_ones_named(tmp_path):
+    keep(tmp_path, [0.1, 0.5])
+    with pytest.raises(UserError, match='iteration 7 .*step1_000010, step1_000020'):
+        checkpoint.find(tmp_path, 7)
+    for start in ('last', 'nowhere.pth'):
+        with pytest.raises(UserError, match='there is no checkpoint'):
+            checkpoint.find(tmp_path, start)

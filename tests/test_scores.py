@@ -1,0 +1,106 @@
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.images import MARGIN, raw_size
+from utils.scores import fuse, gallery_scores, predict
+
+HEIGHT, WIDTH, IDS = 16, 32, 3
+
+
+class StubNet(torch.nn.Module):
+    """Sees the mean light of the left and of the right half, and nothing else: so a mirror image swaps the two."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.batches = []
+        self.to_logits = torch.randn(2, classes, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images, local=True):
+        assert not local and not self.training
+        self.batches.append(len(images))
+        halves = images[:, :3].unflatten(3, (2, WIDTH // 2)).mean((1, 2, 4))  # (B, 2)
+        return F.normalize(halves), halves @ self.to_logits, None
+
+
+class StubCrops:
+    """Image i has light 10 i on its left half and 250 - 20 i on its right half."""
+
+    def __getitem__(self, rows):
+        rows, (height, width) = torch.from_numpy(np.asarray(rows)), raw_size(HEIGHT, WIDTH)
+        left = torch.arange(width) < width // 2
+        light = torch.where(left, 10 * rows[:, None], 250 - 20 * rows[:, None]).byte()  # (B, w)
+        return light[:, None, :, None].expand(-1, height, -1, 3), torch.zeros(len(rows), height, width, dtype=torch.uint8)
+
+
+def halves(rows):
+    """What StubNet sees of these images, but for the blurred border between the halves."""
+    rows = torch.tensor(rows)[:, None]
+    return torch.cat([10.0 * rows, 250.0 - 20 * rows], 1) / 255
+
+
+def test_scores_are_the_mean_of_image_and_mirrored_ids():
+    net, rows = StubNet(2 * IDS), np.array([5, 0, 3, 9, 1])
+    scores, embeddings = predict(net, StubCrops(), rows, HEIGHT, WIDTH, IDS, batch_size=2)
+    seen = halves([5, 0, 3, 9, 1])
+    mirrored = seen.flip(1)
+    expected = ((seen @ net.to_logits).sigmoid()[:, :IDS] + (mirrored @ net.to_logits).sigmoid()[:, IDS:]) / 2
+    assert scores.shape == (5, IDS) and torch.allclose(scores, expected, atol=0.03)
+    assert torch.allclose(embeddings, F.normalize(torch.stack([seen, mirrored], 1), dim=2), atol=0.03)
+    assert net.batches == [4, 4, 2]  # image and mirror at once, two images a time
+
+
+def test_where_a_mirror_is_the_same_animal_both_images_ask_the_same_classifiers():
+    net = StubNet(IDS)
+    scores, _ = predict(net, StubCrops(), np.arange(4), HEIGHT, WIDTH, IDS, flip_is_new_id=False)
+    seen = halves([0, 1, 2, 3])
+    expected = ((seen @ net.to_logits).sigmoid() + (seen.flip(1) @ net.to_logits).sigmoid()) / 2
+    assert torch.allclose(scores, expected, atol=0.03)
+
+
+def test_further_views_are_averaged():
+    net, rows = StubNet(2 * IDS), np.arange(4)
+    views = ((0.0, 0.0, 1.0), (0.4, 0.0, 1.0))
+    each = [predict(net, StubCrops(), rows, HEIGHT, WIDTH, IDS, shifts=(view,)) for view in views]
+    scores, embeddings = predict(net, StubCrops(), rows, HEIGHT, WIDTH, IDS, shifts=views)
+    assert (each[0][0] - each[1][0]).abs().max() > 0.01
+    assert torch.allclose(scores, (each[0][0] + each[1][0]) / 2)
+    assert torch.allclose(embeddings, F.normalize(each[0][1] + each[1][1], dim=2), atol=1e-6)
+
+
+def test_the_network_sees_the_box_without_its_margin():
+    class Framed(StubCrops):
+        def __getitem__(self, rows):
+            pixels, masks = super().__getitem__(rows)
+            height, width = pixels.shape[1:3]
+            pixels = torch.full_like(pixels, 100)
+            y, x = (round(side * MARGIN / (1 + 2 * MARGIN)) - 1 for side in (height, width))
+            pixels[:, :y], pixels[:, -y:], pixels[:, :, :x], pixels[:, :, -x:] = 255, 255, 255, 255
+            return pixels, masks
+
+    class Look(StubNet):
+        def forward(self, images, local=True):
+            assert images.shape[1:] == (4, HEIGHT, WIDTH) and images[:, :3].max() < 0.4
+            return super().forward(images, local)
+
+    predict(Look(2 * IDS), Framed(), np.arange(2), HEIGHT, WIDTH, IDS)
+
+
+def test_gallery_scores_against_two_loops():
+    generator = torch.Generator().manual_seed(1)
+    queries, gallery = (F.normalize(torch.randn(n, 2, 8, generator=generator), dim=2) for n in (7, 20))
+    labels = torch.randint(4, (20,), generator=generator)  # of 5 ids: id 4 has no image
+    expected = torch.zeros(7, 5)
+    for q, query in enumerate(queries):
+        for image, label in zip(gallery, labels):
+            cosine = (query[0] @ image[0] + query[1] @ image[1]) / 2
+            expected[q, label] = max(expected[q, label], (1 + cosine) / 2)
+    for block in (2048, 3):
+        assert torch.allclose(gallery_scores(queries, gallery, labels, 5, block), expected, atol=1e-6)
+
+
+def test_fuse():
+    classifier, gallery = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fuse(classifier, gallery, 0.0), classifier)
+    assert torch.equal(fuse(classifier, gallery, 1.0), gallery)
+    assert torch.allclose(fuse(classifier, gallery, 0.25), 0.75 * classifier + 0.25 * gallery)

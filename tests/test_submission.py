@@ -1,0 +1,153 @@
+"""test.py: from a checkpoint to submission.csv."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import test as answer
+from tests.conftest import snapshot
+from tests.test_train import assert_refused, cut, edit_table, first_row
+
+
+@pytest.fixture
+def trained(scripts):
+    assert scripts.train(max_iters=4, eval_every=2).code == 0
+    return scripts
+
+
+def answers(folder):
+    return pd.read_csv(folder / 'submission.csv')
+
+
+def scores(folder):
+    with np.load(folder / 'scores.npz') as file:
+        return file['scores'].astype(float), file['threshold'].item()
+
+
+def test_a_submission_has_five_different_labels_in_the_samples_order(trained, drawn):
+    result = trained.answer(matches=3)
+    assert result.code == 0
+    table, sample = answers(result.folder), pd.read_csv(drawn / 'sample_submission.csv')
+    assert list(table) == ['Image', 'Id'] and table['Image'].tolist() == sample['Image'].tolist()
+    known = {'new_whale', *pd.read_csv(drawn / 'train.csv')['Id']}
+    for labels in table['Id'].str.split():
+        assert len(labels) == len(set(labels)) == 5 and set(labels) <= known
+    assert (result.folder / 'matches.png').stat().st_size > 1000
+    assert 'validation MAP@5' in result.out
+
+
+def test_the_samples_order_is_followed_whatever_it_is(trained, photos):
+    first = trained.answer()
+    one = answers(first.folder).set_index('Image')['Id']
+    sample = pd.read_csv(photos / 'sample_submission.csv')[::-1]
+    sample.to_csv(photos / 'sample_submission.csv', index=False)
+    other = answers(trained.answer(data_dir=photos).folder)
+    assert other['Image'].tolist() == sample['Image'].tolist()
+    assert other['Id'].tolist() == one[sample['Image']].tolist()
+
+
+def test_the_same_command_gives_the_same_bytes(trained):
+    first = snapshot(trained.answer().folder)
+    assert snapshot(trained.answer().folder)['submission.csv'] == first['submission.csv']
+
+
+def test_answers_stand_in_the_order_of_the_scores(trained, drawn):
+    folder = trained.answer(gallery_weight=0.5, threshold=0.5).folder
+    table, (final, threshold) = answers(folder), scores(folder)
+    ids = sorted(set(pd.read_csv(drawn / 'train.csv')['Id']) - {'new_whale'})
+    assert threshold == 0.5
+    for labels, row in zip(table['Id'].str.split(), final):
+        row = dict(zip(ids, row), new_whale=threshold)
+        assert (np.diff([row[label] for label in labels]) <= 1e-3).all()
+
+
+def test_several_checkpoints_are_averaged(trained):
+    fixed = dict(gallery_weight=0.25, threshold=0.5)
+    best = torch.load('results/r/step1_000002.pth', weights_only=True)['iteration']
+    one = scores(trained.answer(checkPoint_start=best, **fixed).folder)[0]
+    other = scores(trained.answer(checkPoint_start='last', **fixed).folder)[0]
+    mean = scores(trained.answer(checkPoint_start=f'{best},last', **fixed).folder)[0]
+    assert abs(one - other).max() > 2e-3
+    assert np.allclose(mean, (one + other) / 2, atol=1e-3)
+
+
+def test_weight_and_threshold_are_chosen_on_validation(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(answer, 'choose_threshold', lambda scores, truth: asked.append(len(scores)) or (0.25, 0.5))
+    folder = trained.answer().folder
+    assert set(asked) == {3}  # the fold has 2 ids and 1 new_whale
+    assert scores(folder)[1] == 0.25
+
+
+@pytest.mark.parametrize('share', [0.25, 0.5, 0.75])
+def test_new_whale_share(trained, share):
+    table = answers(trained.answer(new_whale_share=share).folder)
+    first = table['Id'].str.split().str[0]
+    assert (first == 'new_whale').mean() == pytest.approx(share, abs=1 / len(table))
+
+
+@pytest.mark.parametrize('threshold', [-1.0, 0.0, 0.5])
+def test_what_cannot_be_read_is_answered_with_new_whale(trained, photos, threshold):
+    bad = cut(photos / 'test/t03.jpg')
+    refused = trained.answer(data_dir=photos)
+    assert_refused(refused, bad, 'skip_bad_images')
+    assert not (refused.folder / 'submission.csv').exists()
+    table = answers(trained.answer(data_dir=photos, skip_bad_images=True, threshold=threshold).folder).set_index('Image')['Id']
+    assert table[bad].split()[0] == 'new_whale'
+    others = table.drop(bad)
+    if threshold == 0:
+        assert not others.str.contains('new_whale').any()
+
+
+def test_unreadable_training_images_are_left_out_of_the_gallery(scripts, photos):
+    cut(sorted((photos / 'train').iterdir())[0])
+    settings = dict(data_dir=photos, skip_bad_images=True)
+    assert scripts.train(max_iters=1, **settings).code == 0
+    assert scripts.answer(**settings).code == 0
+
+
+def test_a_checkpoint_of_other_ids_is_refused(trained, photos):
+    before = snapshot(trained.answer().folder)
+    edit_table(photos, first_row(Id='w_another'))
+    result = trained.answer(data_dir=photos)
+    assert_refused(result, 'other ids', 'w_another')
+    assert snapshot(result.folder) == before
+
+
+def test_checkpoints_of_different_folds_are_refused(trained):
+    other = trained.train(run='other', fold=1, max_iters=1).folder
+    assert_refused(trained.answer(checkPoint_start=f'best,{other}/best.pth'), 'fold')
+
+
+def test_where_a_mirror_is_the_same_animal_both_scripts_work(scripts):
+    folder = scripts.train(flip_is_new_id=False, max_iters=3).folder
+    assert torch.load(folder / 'best.pth', weights_only=True)['model']['head.weight'].shape[0] == 10
+    assert scripts.answer().code == 0
+    assert scores(folder)[0].shape == (12, 10)
+
+
+def test_without_learning_the_fold_the_gallery_is_never_the_query_itself(trained, monkeypatch):
+    """Each validation image is looked for among the images that are not in the fold."""
+    calls = []
+    real = answer.gallery_scores
+    monkeypatch.setattr(answer, 'gallery_scores', lambda *args: calls.append(args) or real(*args))
+    trained.answer()
+    (queries, gallery, *_), (_, whole, *_) = calls
+    assert len(whole) - len(gallery) == 2  # ids in the fold
+    same = (queries.flatten(1)[:, None] - gallery.flatten(1)[None]).abs().amax(2) < 1e-6
+    assert not same.any()
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(run='nothing'), ['checkpoint', 'nothing']), (dict(checkPoint_start=77), ['iteration 77']),
+    (dict(checkPoint_start='best,gone.pth'), ['gone.pth']), (dict(data_dir='nowhere'), ['nowhere', 'train.csv']),
+    (dict(views=2), ['views']), (dict(threshold=2), ['threshold']), (dict(gallery=1), ['gallery', 'gallery_weight'])])
+def test_a_bad_setting_is_refused_and_nothing_written(trained, settings, words):
+    before = snapshot(trained.answer().folder)
+    assert_refused(trained.answer(**settings), *words)
+    assert snapshot(trained.answer(run='r', checkPoint_start='gone.pth').folder) == before
+
+
+def test_no_test_photographs(trained, photos):
+    (photos / 'sample_submission.csv').unlink()
+    assert_refused(trained.answer(data_dir=photos), 'sample_submission.csv')
