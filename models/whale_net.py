@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.backbone import build_backbone
+from models.backbone import Pointwise, build_backbone
 
 LOCAL_CHANNELS = 512
 LOGIT_SCALE = 16.0  # the embedding has length 1: without a scale its logits could not leave the sigmoid's middle
@@ -25,7 +25,7 @@ class WhaleNet(nn.Module):
         self.neck = nn.BatchNorm1d(channels)
         self.neck.bias.requires_grad_(False)  # the embedding stays centred, as the cosine wants it
         self.head = nn.Linear(channels, classes)
-        self.local = nn.Sequential(nn.Conv2d(channels, LOCAL_CHANNELS, 1, bias=False), nn.BatchNorm2d(LOCAL_CHANNELS))
+        self.local = nn.Sequential(Pointwise(channels, LOCAL_CHANNELS, 1, bias=False), nn.BatchNorm2d(LOCAL_CHANNELS))
         self.register_buffer('mean', torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         nn.init.normal_(self.head.weight, std=0.001)  # every classifier starts undecided

@@ -107,7 +107,8 @@ def frame(tmp_path):
         cv2.imwrite(mask_path, mask * 255)
         box = [8.0, 4.0, 72.0, 36.0] if number % 2 else WHOLE
         rows.append([path, *box, mask_path if number > 2 else None, None])
-    return pd.DataFrame(rows, columns=['path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle'])
+    frame = pd.DataFrame(rows, columns=['path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle'], dtype=object)
+    return frame.astype(dict.fromkeys(['x0', 'y0', 'x1', 'y1'], float))
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_ids_is_refused(trained, photos):
     before = snapshot(trained.answer().folder)
     edit_table(photos, first_row(Id='w_another'))
     result = trained.answer(data_dir=photos)
-    assert_refused(result, 'other ids', 'w_another')
+    assert_refused(result, 'other ids', 'train.csv')
     assert snapshot(result.folder) == before
 
 
@@ -126,7 +126,7 @@ def test_where_a_mirror_is_the_same_animal_both_scripts_work(scripts):
     assert scores(folder)[0].shape == (12, 10)
 
 
-def test_without_learning_the_fold_the_gallery_is_never_the_query_itself(trained, monkeypatch):
+def test_a_validation_image_is_not_in_its_own_gallery(trained, monkeypatch):
     """Each validation image is looked for among the images that are not in the fold."""
     calls = []
     real = answer.gallery_scores

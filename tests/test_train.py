@@ -53,12 +53,10 @@ def interrupt_at(monkeypatch, where, call, number=signal.SIGINT):
 
 # Going on
 
-@pytest.mark.parametrize('where, call', [('augment', 1), ('joint_loss', 2), ('joint_loss', 5), ('Adam.step', 4),
-                                         ('evaluate', 1), ('choose_threshold', 2)])
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('where, call, number', [
+    ('augment', 1, signal.SIGINT), ('joint_loss', 2, signal.SIGINT), ('joint_loss', 5, signal.SIGTERM),
+    ('Adam.step', 4, signal.SIGINT), ('evaluate', 1, signal.SIGINT), ('write_log', 1, signal.SIGTERM)])
 def test_an_interrupted_run_ends_as_one_that_was_not(scripts, monkeypatch, where, call, number):
-    if number == signal.SIGTERM and where != 'joint_loss':
-        pytest.skip('as for Ctrl-C')
     whole = scripts.train(run='whole')
     with monkeypatch.context() as patch:
         interrupt_at(patch, where, call, number)
@@ -68,11 +66,12 @@ def test_an_interrupted_run_ends_as_one_that_was_not(scripts, monkeypatch, where
     assert_same_run(whole.folder, stopped.folder)
 
 
-@pytest.mark.parametrize('call', [5, 6, 11])  # in step 2's first iteration, its second, step 3's third
-def test_an_interrupted_run_of_all_stages_ends_as_one_that_was_not(scripts, monkeypatch, call):
+@pytest.mark.parametrize('where, call', [('joint_loss', 5), ('joint_loss', 11), ('evaluate', 2)])
+def test_an_interrupted_run_of_all_stages_ends_as_one_that_was_not(scripts, monkeypatch, where, call):
+    """In step 2's first iteration, in the midst of step 3, and in the evaluation that ends step 1."""
     whole = scripts.train(run='whole', **ALL)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 'joint_loss', call)
+        interrupt_at(patch, where, call)
         assert scripts.train(run='stopped', **ALL).code == 130
     stopped = scripts.train(run='stopped', **ALL)
     assert_same_run(whole.folder, stopped.folder)
@@ -151,6 +150,15 @@ def test_a_changed_constant_makes_a_next_step_from_the_best(scripts, starts, cha
     assert pd.read_csv(folder / 'evaluations.csv')['step'].tolist() == [1] * 5 + [2]
 
 
+def test_the_next_step_has_its_own_pace(scripts, monkeypatch):
+    monkeypatch.setattr('utils.clock.STARTED', time.monotonic() - 1000)
+    scripts.train(max_iters=2, eval_every=2)
+    monkeypatch.setattr('utils.clock.STARTED', time.monotonic())
+    folder = scripts.train(max_iters=2, eval_every=1, lr=1e-4, checkPoint_start='best').folder
+    pace = pd.read_csv(folder / 'evaluations.csv')['img_s']
+    assert (pace > 0).all()
+
+
 def test_a_step_starts_from_last_from_an_iteration_or_from_a_path(scripts, starts):
     folder = scripts.train(max_iters=5, eval_every=1).folder
     kept = sorted(int(path.stem[-6:]) for path in folder.glob('step1_0*.pth'))[0]
@@ -214,9 +222,10 @@ def test_the_clock_counts_earlier_runs_and_leaves_time_to_save(monkeypatch):
     monkeypatch.setattr('utils.clock.STARTED', 0.0)
     clock = Clock(before=40.0, limit=100.0)
     assert clock.elapsed() == 40 and not clock.over()
-    now.seconds = 30.0
-    clock.measure(began=50.0)  # an evaluation of 20 seconds
-    assert clock.elapsed() == 70 and clock.over()  # another, with something to spare, would not fit any more
+    now.seconds = 40.0
+    assert not clock.over()
+    clock.measure(began=60.0)  # an evaluation of 20 seconds
+    assert clock.elapsed() == 80 and clock.over()  # another, with something to spare, would not fit any more
     now.seconds = 5.0
     clock = Clock(before=40.0, limit=100.0)
     clock.measure(began=40.0)
@@ -229,7 +238,7 @@ def test_the_clock_counts_earlier_runs_and_leaves_time_to_save(monkeypatch):
 
 
 def test_max_minutes_runs_all_stages_and_ends(work, drawn):
-    settings = {**SETTINGS, **ALL, 'data_dir': drawn, 'max_iters': 100000, 'eval_every': 10000, 'max_minutes': 0.4}
+    settings = {**SETTINGS, **ALL, 'data_dir': drawn, 'max_iters': 100000, 'eval_every': 10000, 'max_minutes': 0.2}
     code = ('import sys, models.whale_net, train; from tests.conftest import SmallBackbone\n'
             'models.whale_net.build_backbone = SmallBackbone\n'
             'train.main(sys.argv[1:])')
@@ -237,18 +246,9 @@ def test_max_minutes_runs_all_stages_and_ends(work, drawn):
     done = subprocess.run([sys.executable, '-c', code, *arguments(**settings)], cwd=work, timeout=300,
                           env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 24 + 60  # a slow machine's start and end, yet far from endless
+    assert time.monotonic() - began < 12 + 60  # a slow machine's start and end, yet far from endless
     assert pd.read_csv(work / 'results/r/evaluations.csv')['step'].unique().tolist() == [1, 2, 3]
     assert torch.load(work / 'results/r/last.pth', weights_only=True)['finished']
-
-
-def test_the_learning_rate_rises_and_falls():
-    c = SimpleNamespace(warmup=4, cosine=True, max_iters=100, max_minutes=0.0)
-    factors = [train.lr_factor(c, {}, iteration, None) for iteration in range(101)]
-    assert np.allclose(factors[:3], [0.25, 0.5, 0.75], atol=2e-3)
-    assert np.isclose(factors[50], 0.5) and factors[99] < 1e-3 and factors[100] == 0
-    c.cosine = False
-    assert train.lr_factor(c, {}, 99, None) == 1
 
 
 # What comes out does not depend on how the table is written
@@ -335,7 +335,7 @@ BAD_SETTINGS = {
     'not a bool': (dict(freeze='maybe'), ['freeze', 'True or False']),
     'batch size': (dict(batch_size=10), ['batch_size', 'multiple of 4']),
     'model_name': (dict(model_name='seresnxt50'), ['seresnxt50', 'seresnext50']),
-    'timm name': (dict(model_name='timm/resnet5O'), ['timm/resnet5O', 'timm/resnet50']),
+    'timm name': (dict(model_name='timm/resnet5O'), ['resnet5O', 'timm/resnet50']),
     'device': (dict(device='gpu'), ['gpu', 'cuda']),
     'data_dir': (dict(data_dir='nowhere'), ['nowhere', 'https://www.kaggle.com', 'data.make_sample']),
     'rare ids only': (dict(min_num_class=50), ['min_num_class = 50', 'largest has']),

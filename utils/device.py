@@ -18,7 +18,8 @@ def choose_device(device, threads=0):
     if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device = '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices")
     if kind.type == 'cpu':
-        torch.use_deterministic_algorithms(True)  # the same bits each time costs nothing here
+        torch.use_deterministic_algorithms(True)  # the same bits each time, at no cost but that of the next line's default
+        torch.utils.deterministic.fill_uninitialized_memory = False
     return device
 
 
