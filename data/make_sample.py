@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from utils.errors import UserError, exit_clearly
 
-version = 1             # raise it when the drawing changes: older samples are then drawn again
+version = 2             # raise it when the drawing changes: older samples are then drawn again
 num_ids = 100           # known animals
 single_share = 0.40     # of the ids have one training image, as in the competition
-max_images = 15         # training images of the most photographed animal
+max_images = 18         # training images of the most photographed animal
 new_whale_share = 0.38  # of the training images
 test_images = 2.4       # for each id
 test_new_share = 0.30   # of them are of animals without an id
@@ -48,7 +48,7 @@ def plan_photographs(seed, num_ids):
 
     num_single = round(single_share * num_ids)
     num_more = num_ids - num_single
-    tail = -6.5 * np.log1p(-(rng.permutation(num_more) + 0.5) / num_more)       # exponential, mean 6.5
+    tail = -8 * np.log1p(-(rng.permutation(num_more) + 0.5) / num_more)         # exponential, mean 8
     sizes = np.append(np.ones(num_single, int), np.int64(np.minimum(2 + tail, max_images)))
     num_new = round(sizes.sum() * new_whale_share / (1 - new_whale_share))
     num_test = round(test_images * num_ids)
@@ -144,8 +144,8 @@ def draw_animal(seed, animal, num_ids):
 
 def draw_view(rng):
     """Random pose: a function from photograph coordinates (half spans, y down) to canvas pixels."""
-    angle, tilt, shear = np.deg2rad(rng.normal(0, 6)), rng.uniform(0.7, 1.0), rng.normal(0, 0.08)
-    perspective, yaw = rng.normal(0, 0.06, 2).clip(-0.2, 0.2), rng.normal(0, 0.05)
+    angle, tilt, shear = np.deg2rad(rng.normal(0, 5)), rng.uniform(0.75, 1.0), rng.normal(0, 0.08)
+    perspective, yaw = rng.normal(0, 0.05, 2).clip(-0.2, 0.2), rng.normal(0, 0.05)
     span = np.clip([1 - yaw, 1 + yaw] + rng.normal(0, 0.04, 2), 0.65, 1.2)      # of the left and right lobe
     rise, curl = rng.normal(0.03, 0.05) + rng.normal(0, 0.02, 2), rng.normal(0, 0.03, 2)
 

@@ -1,5 +1,4 @@
 """A small data set and a small backbone, so that whole trainings take seconds."""
-import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -94,8 +93,10 @@ def arguments(**settings):
 
 
 @pytest.fixture
-def scripts(drawn, work, small, capsys):
+def scripts(drawn, work, small, capsys, monkeypatch):
     """train(...) and answer(...) run the two scripts here: their exit code (0 when they return), out, err and folder."""
+    monkeypatch.setattr(train, 'plot_curves', lambda *_: None)  # slower than the trainings
+
     def call(script, settings, folder):
         try:
             code = script.main(arguments(**settings)) or 0
