@@ -3,13 +3,13 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 DEMO = --data_dir data/sample --run demo
-MINUTES ?= 3.5
+MINUTES ?= 4.3
 
 .PHONY: demo test clean
 
 demo: .venv/installed
 	$(RUN) -m data.make_sample
-	$(RUN) train.py $(DEMO) --stages all --pretrained false --model_name seresnext14 --height 64 --width 128 \
+	$(RUN) train.py $(DEMO) --stages all --pretrained false --model_name seresnext14 --height 48 --width 96 \
 	    --max_minutes $(MINUTES)
 	$(RUN) test.py $(DEMO)
 	$(RUN) -m utils.baselines data/sample --run demo

@@ -93,7 +93,7 @@ def main(argv):
         chosen = c.threshold
     if c.new_whale_share:
         chosen = final.max(1).values.quantile(c.new_whale_share).item()
-    final[torch.from_numpy(test['bad'].to_numpy(bool) | ~answerable)] = 0  # what cannot be read is new
+    final[torch.from_numpy(test['bad'].to_numpy(bool) | ~answerable)] = -1  # what cannot be read is new
     answers = top5(final, chosen)
     share = (answers[:, 0] == tables.num_ids).float().mean()
     print(f'test: gallery weight {weight:.2f}, threshold {chosen:.3f}: {share:.1%} of {len(test)} images begin with new_whale')
@@ -123,7 +123,7 @@ def see(c, file, member, num_ids, crops, rows):
     made = member['constants']
     size = made['height'], made['width']
     net = WhaleNet(made['model_name'], num_ids * (2 if made['flip_is_new_id'] else 1), *size)
-    net.load_state_dict(member['model'])
+    checkpoint.fill(net, member, file)
     net.to(c.device, memory_format=torch.channels_last)
     train, test = crops[size]
     seen = {}

@@ -29,7 +29,7 @@ from utils.figures import plot_curves
 from utils.files import write_whole
 from utils.interrupt import Interrupt, ignore_interrupt
 from utils.log import HEADER, duration, format_row, progress_bar, write_log
-from utils.metrics import average_precision, choose_threshold, map_at_5, rank_of_truth, top_k
+from utils.metrics import average_precision, choose_threshold, rank_of_truth, top_k
 from utils.scores import predict
 from utils.steps import fresh, plan
 
@@ -117,8 +117,6 @@ def main(argv):
     if not steps:
         return
     data = Data(c)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_constants(c, folder / 'constants.txt')
     if state['model'] is None:
         state['log'] = state['log'] + data.notes
     for step in steps:
@@ -174,7 +172,7 @@ def build(c, step, data, folder):
         loaded = checkpoint.load(path)
         if loaded['ids'] != data.ids:
             raise UserError(f'{path} knows other ids than {c.data_dir}/train.csv; train from checkPoint_start = 0')
-        net.load_state_dict(loaded['model'])
+        checkpoint.fill(net, loaded, path)
     elif c.pretrained:
         load_imagenet(net.backbone, c.model_name)
     if step['freeze']:
@@ -190,8 +188,9 @@ def train_step(c, step, data, folder, state):
     if state['model']:
         if state['ids'] != data.ids:
             raise UserError(f'{folder}/last.pth knows other ids than {c.data_dir}/train.csv; choose another run')
-        net.load_state_dict(state['model'])
+        checkpoint.fill(net, state, folder / 'last.pth')
         optimizer.load_state_dict(state['optimizer'])
+    write_constants(c, folder / 'constants.txt')  # the first thing written: all that can be refused has been by now
     rows = data.rows[step['min_num_class']]
     sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes, c.images_per_id,
                            c.seed + 1000 * step['step'], state['iteration'])
@@ -202,8 +201,8 @@ def train_step(c, step, data, folder, state):
     sums = torch.zeros(9, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
     bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
     clock = Clock(state['elapsed'], 60 * c.max_minutes * step['share'])
-    bar = progress_bar(total=c.max_iters, initial=state['iteration'], desc=f'step {step["step"]}', unit='it')
     if not state['iteration']:
+        state['mark'] = clock.elapsed()
         say(state, f'step {step["step"]}: min_num_class {step["min_num_class"]} ({len(sampler.ids)} ids, '
                    f'{sampler.iterations_per_pass} iterations a pass), freeze {step["freeze"]}, lr {step["lr"]:g}, '
                    f'checkPoint_start {step["checkPoint_start"]}')
@@ -215,7 +214,10 @@ def train_step(c, step, data, folder, state):
                     first=step['first'])
 
     train_mode(net)
-    with Interrupt() as interrupt:
+    # With a time limit nobody knows how many iterations there will be; the table's last column has the time left.
+    total = None if c.max_minutes else c.max_iters
+    bar = progress_bar(total=total, initial=state['iteration'], desc=f'step {step["step"]}', unit='it')
+    with Interrupt() as interrupt, bar:
         while not state['finished'] and not interrupt.asked:
             crops, masks, labels, flips = (part.to(c.device, non_blocking=True) for part in next(batches))
             torch.manual_seed((100 * c.seed + step['step']) * 10 ** 8 + state['iteration'])  # resumes without stored states
@@ -239,15 +241,17 @@ def train_step(c, step, data, folder, state):
             evaluate_now = state['iteration'] % c.eval_every == 0 or state['iteration'] >= c.max_iters or out_of_time
             if state['iteration'] % 20 == 0 or evaluate_now:  # the only places that wait for the device
                 mean = (sums / sums[-1]).tolist()
-                bar.set_postfix_str(f'loss {mean[0]:.3f} MAP@5 {mean[5]:.3f}')
+                left = f', {duration(60 * c.max_minutes - clock.elapsed())} left' if c.max_minutes else ''
+                bar.set_postfix_str(f'loss {mean[0]:.3f}, MAP@5 {mean[5]:.3f}{left}')
                 refuse_bad_loss(int(bad), data, sampler, folder)
             if evaluate_now:
                 began = clock.elapsed()
                 row = evaluate(c, step, data, net, amp, state, sums, sampler)
-                row.update(zip(('img_s', 'left', 'seconds'), pace(c, step, clock, state, c.batch_size * sums[-1].item())))
+                row.update(zip(('img_s', 'left', 'seconds'), pace(c, step, state, began, sums[-1].item())))
                 state['evaluations'] = state['evaluations'] + [row]
                 say(state, format_row(row))
                 sums.zero_()
+                state['mark'] = clock.elapsed()
                 state['finished'] = out_of_time or state['iteration'] >= c.max_iters or \
                     state['since_best'] >= c.patience or (step['min_num_class'] > 0 and row['train_map5'] >= 0.98)
                 state['kept'] = checkpoint.keep_best(folder, step['step'], state['iteration'], row['valid_map5'],
@@ -257,11 +261,11 @@ def train_step(c, step, data, folder, state):
                 plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
                 clock.measure(began)
                 train_mode(net)
-    bar.close()
     if interrupt.asked and not state['finished']:
         refuse_bad_loss(int(bad), data, sampler, folder)
         checkpoint.save(folder / 'last.pth', snapshot())
         write_log(folder, state['log'], state['evaluations'])
+    if interrupt.asked and not (state['finished'] and step['last']):
         print(f'stopped at iteration {state["iteration"]}; the same command goes on from there', file=sys.stderr)
         sys.exit(130)
     return state
@@ -282,14 +286,14 @@ def evaluate(c, step, data, net, amp, state, sums, sampler):
                 valid_map5=valid_map5, threshold=state['threshold'])
 
 
-def pace(c, step, clock, state, images):
-    """Images a second since the last evaluation, the time left as a text, and the seconds so far."""
-    before = state['evaluations'][-1]['seconds'] if state['evaluations'] else 0
-    seconds = clock.elapsed()
-    left = (c.max_iters - state['iteration']) * (seconds - before) / (images / c.batch_size)
+def pace(c, step, state, seconds, iterations):
+    """Images a second since `mark` (the end of the last evaluation), the longest time left as a text, seconds so far."""
+    each = (seconds - state['mark']) / iterations
+    left = (c.max_iters - state['iteration']) * each
     if c.max_minutes:
-        left = min(left, 60 * c.max_minutes - seconds) if step['last'] else 60 * c.max_minutes - seconds
-    return images / (seconds - before), duration(max(left, 0)), seconds
+        rest = 60 * c.max_minutes - seconds
+        left = min(left, rest) if step['last'] else rest
+    return c.batch_size / each, duration(max(left, 0)), seconds
 
 
 def refuse_bad_loss(iteration, data, sampler, folder):

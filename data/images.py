@@ -60,9 +60,11 @@ class Crops:
         self.failed = {}  # row -> why its file, whose header was sound, could not be decoded; such rows are black
         folder = Path(cache_dir) / self._key(frame)
         folder.mkdir(parents=True, exist_ok=True)
-        self.pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
-        self.masks = self._open(folder / 'masks.u8', (self.count, self.height, self.width // 8))
-        done = self._open(folder / 'done.u8', (self.count,))
+        self.pixels, new_pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
+        self.masks, new_masks = self._open(folder / 'masks.u8', (self.count, self.height, self.width // 8))
+        done, _ = self._open(folder / 'done.u8', (self.count,))
+        if new_pixels or new_masks:  # one of the files was deleted or cut off
+            done[:] = 0
         todo = np.flatnonzero(done == 0)
         if len(todo):
             self._build(frame, todo, done, workers or os.cpu_count())
@@ -116,16 +118,19 @@ class Crops:
 
     @staticmethod
     def _open(path, shape):
+        """The file as an array, and whether it had to be made anew (of zeros)."""
         size = int(np.prod(shape))
-        if not path.exists() or path.stat().st_size != size:
+        new = not path.exists() or path.stat().st_size != size
+        if new:
             with open(path, 'wb') as file:
-                file.truncate(size)  # zeros
-        return np.memmap(path, np.uint8, 'r+', shape=shape)
+                file.truncate(size)
+        return np.memmap(path, np.uint8, 'r+', shape=shape), new
 
     def _key(self, frame):
         columns = ['path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle'] + ['bad'] * ('bad' in frame)
         digest = hashlib.sha256(json.dumps([CACHE_VERSION, self.height, self.width, MARGIN, len(frame)]).encode())
         digest.update(frame[columns].to_csv(index=False).encode())
-        stats = [os.stat(path) for name in ('path', 'mask_path') for path in frame[name].dropna()]
+        good = frame[~frame['bad']] if 'bad' in frame else frame
+        stats = [os.stat(path) for name in ('path', 'mask_path') for path in good[name].dropna()]
         digest.update(np.array([[s.st_size, s.st_mtime_ns] for s in stats]).tobytes())
         return digest.hexdigest()[:16]

@@ -18,12 +18,25 @@ def save(path, state):
 def load(path, device='cpu'):
     """Read a checkpoint; only tensors and plain values are accepted, no code. Raises UserError when it is not there."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f'there is no checkpoint {path}; train first, or name another with checkPoint_start') from error
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint; all mean the same here
         raise UserError(f'{path} is not a readable checkpoint ({type(error).__name__}); '
                         'delete it or name another with checkPoint_start') from error
+    if not isinstance(state, dict) or not {'model', 'ids', 'constants', 'iteration'} <= set(state):
+        raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')
+    return state
+
+
+def fill(net, state, path):
+    """Load a checkpoint's weights into the network; UserError when they are those of another network."""
+    try:
+        net.load_state_dict(state['model'])
+    except RuntimeError as error:
+        made = state['constants']
+        raise UserError(f'the weights in {path} do not fit: it was trained with model_name = {made.get("model_name")!r}, '
+                        f'flip_is_new_id = {made.get("flip_is_new_id")}; set the same, or name another checkpoint') from error
 
 
 def find(folder, start, before_step=None):

@@ -8,7 +8,8 @@ from utils.errors import UserError
 
 def choose_device(device, threads=0):
     """'auto', 'cuda', 'cuda:1' or 'cpu' -> a device name that is there; sets the number of CPU threads (0: all cores)."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    torch.set_num_threads(threads or cores)
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:

@@ -16,4 +16,7 @@ def exit_clearly(main):
         except UserError as error:
             print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:  # before or between the places that save; nothing is lost that was written
+            print('stopped', file=sys.stderr)
+            sys.exit(130)
     return run

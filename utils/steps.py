@@ -53,5 +53,5 @@ def plan(c, folder):
 def fresh(previous, step, elapsed):
     """The state of a step that has not begun."""
     return dict(step=step['step'], iteration=0, model=None, optimizer=None, finished=False, best=0.0, since_best=0, kept=[],
-                threshold=0.5, sums=None, elapsed=elapsed, log=previous['log'] if previous else [],
+                threshold=0.5, sums=None, elapsed=elapsed, mark=elapsed, log=previous['log'] if previous else [],
                 evaluations=previous['evaluations'] if previous else [])
