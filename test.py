@@ -142,7 +142,8 @@ def draw_matches(c, path, crops, train, gallery, test, seen, final, answers, ids
     best = likeness.topk(min(5, len(gallery)))  # (matches, 5)
     owner = train['Id'].to_numpy()[gallery]
     names = [*ids, NEW_WHALE]
-    plot_matches(path, crops[1][chosen.numpy()][0].numpy(), [f'{test["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()],
+    titles = [f'{test["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()]
+    plot_matches(path, crops[1][chosen.numpy()][0].numpy(), titles,
                  [crops[0][gallery[row]][0].numpy() for row in best.indices.numpy()],
                  [[f'{owner[g]}  {value:.2f}' for g, value in zip(row.tolist(), values.tolist())]
                   for row, values in zip(best.indices, best.values)])

@@ -39,7 +39,8 @@ def to_input(crops, masks, height, width, margin, transform=None):
         transform = torch.eye(3, device=device).expand(batch, 3, 3)
     y = (torch.arange(height, device=device) + 0.5) * 2 / height - 1
     x = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
-    points = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones_like(x).expand(height, width)], -1)
+    x, y = x.expand(height, width), y[:, None].expand(height, width)
+    points = torch.stack([x, y, torch.ones_like(x)], -1)  # (height, width, 3)
     moved = points.view(1, -1, 3) @ transform.transpose(1, 2)  # (B, height * width, 3)
     grid = moved[..., :2] / moved[..., 2:].clamp(min=0.1) / (1 + 2 * margin)  # from the box to the crop around it
     return F.grid_sample(image, grid.view(batch, height, width, 2), padding_mode='border', align_corners=False)

@@ -13,7 +13,6 @@ from torch import nn
 import models.whale_net
 import test as answer
 import train
-from data.tables import load_tables
 
 SIZES = [1, 1, 2, 2, 3, 3, 3, 4, 4, 5]  # training images of each id
 NEW, TEST = 12, 12

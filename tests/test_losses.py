@@ -6,8 +6,15 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning import distances, losses, miners
 
-from models.losses import (aligned_distance, batch_hard_triplet_loss, hardest_pairs, joint_loss, local_triplet_loss,
-                           pair_masks, sigmoid_ohem_loss)
+from models.losses import (
+    aligned_distance,
+    batch_hard_triplet_loss,
+    hardest_pairs,
+    joint_loss,
+    local_triplet_loss,
+    pair_masks,
+    sigmoid_ohem_loss,
+)
 
 N = 20           # ids
 CLASSES = 2 * N

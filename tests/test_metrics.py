@@ -10,8 +10,18 @@ import torch
 from sklearn.metrics import label_ranking_average_precision_score, top_k_accuracy_score
 
 from utils.errors import UserError
-from utils.metrics import (average_precision, check_submission, choose_threshold, main, map_at_5,
-                           rank_of_truth, score_submission, top5, top_k, write_submission)
+from utils.metrics import (
+    average_precision,
+    check_submission,
+    choose_threshold,
+    main,
+    map_at_5,
+    rank_of_truth,
+    score_submission,
+    top5,
+    top_k,
+    write_submission,
+)
 
 
 def random_case(seed, queries=40, n_ids=12, levels=None, new_share=0.3):

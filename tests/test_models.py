@@ -135,7 +135,8 @@ def test_no_weights_exist_for_the_small_ones():
         load_imagenet(build_backbone('seresnext14', *SIZE), 'seresnext14')
 
 
-@pytest.mark.parametrize('typo, near', [('senet145', 'senet154'), ('seresnext5', 'seresnext50'), ('timm/resnet19', 'timm/resnet18')])
+@pytest.mark.parametrize('typo, near', [
+    ('senet145', 'senet154'), ('seresnext5', 'seresnext50'), ('timm/resnet19', 'timm/resnet18')])
 def test_a_typo_gets_the_nearest_names(typo, near):
     with pytest.raises(UserError, match=near):
         check_model_name(typo)

@@ -174,6 +174,13 @@ def test_all_stages_start_from_the_best_of_the_one_before(scripts, starts):
     assert_equal_weights(starts[2], weights(folder, 'step2_best'))
 
 
+def test_stages_that_the_clock_ends_start_from_the_last_of_the_one_before(scripts, starts, monkeypatch):
+    monkeypatch.setattr(train.Clock, 'over', lambda self: False)
+    folder = scripts.train(**{**ALL, 'max_minutes': 60, 'run': 'timed'}).folder
+    assert [line.split()[-1] for line in (folder / 'log.txt').read_text().splitlines() if 'checkPoint_start' in line] == [
+        '0', 'last', 'last']
+
+
 def test_frozen_layers_and_their_statistics_stand_still(scripts, starts):
     scripts.train()
     folder = scripts.train(freeze=True, checkPoint_start='best').folder
@@ -242,11 +249,9 @@ def test_max_minutes_runs_all_stages_and_ends(work, drawn):
     code = ('import sys, models.whale_net, train; from tests.conftest import SmallBackbone\n'
             'models.whale_net.build_backbone = SmallBackbone\n'
             'train.main(sys.argv[1:])')
-    began = time.monotonic()
     done = subprocess.run([sys.executable, '-c', code, *arguments(**settings)], cwd=work, timeout=300,
                           env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 12 + 60  # a slow machine's start and end, yet far from endless
     assert pd.read_csv(work / 'results/r/evaluations.csv')['step'].unique().tolist() == [1, 2, 3]
     assert torch.load(work / 'results/r/last.pth', weights_only=True)['finished']
     assert (work / 'results/r/curves.png').stat().st_size > 1000

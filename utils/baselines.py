@@ -18,6 +18,7 @@ from data.tables import load_tables, read_labels
 from models.whale_net import WhaleNet
 from utils import checkpoint
 from utils.errors import UserError, exit_clearly
+from utils.files import write_whole
 from utils.metrics import NEW_WHALE, choose_threshold, map_at_5, rank_of_truth, score_submission
 from utils.scores import predict
 
@@ -131,8 +132,11 @@ def main():
     """Read the command line and print the table."""
     parser = argparse.ArgumentParser(description='What doing no learning scores on a data set.')
     parser.add_argument('data_dir', help='folder in Kaggle\'s layout, with test_labels.csv')
-    parser.add_argument('--run', help='also score this training, results/RUN, and its network untrained')
-    table = baselines_of(**vars(parser.parse_args()))
+    parser.add_argument('--run', help='also this training and its network untrained; writes results/RUN/score.csv')
+    options = parser.parse_args()
+    table = baselines_of(options.data_dir, options.run)
+    if options.run:
+        write_whole(Path('results') / options.run / 'score.csv', lambda path: table.to_csv(path, index_label='method'))
     print(table.rename(columns={'map5': 'MAP@5', 'named_top1': 'named-only top-1'}).round(3).to_string())
 
 
