@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(RUN) train.py $(DEMO) --stages all --pretrained false --model_name seresnext14 --height 48 --width 96 \
 	    --max_minutes $(MINUTES)
 	$(RUN) test.py $(DEMO)
-	$(RUN) -m utils.baselines data/sample --run demo
+	$(RUN) -m benchmarks.baselines data/sample --run demo
 
 test: .venv/installed
 	$(RUN) -m pytest -q tests

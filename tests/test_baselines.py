@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.baselines import baselines, baselines_of, hog_features, nearest_scores, pixel_features
 from data.make_sample import draw_sample
-from utils.baselines import baselines, baselines_of, hog_features, nearest_scores, pixel_features
 from utils.errors import UserError
 
 
@@ -103,5 +103,5 @@ def test_of_a_folder(tmp_path):
 
 
 def test_command_line_refuses_clearly(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'utils.baselines', tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'benchmarks.baselines', tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and 'Traceback' not in done.stderr

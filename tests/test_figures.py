@@ -5,6 +5,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from figs import draw
 from utils import figures
 
 
@@ -18,8 +19,9 @@ def evaluations(steps=(3, 2)):
 @pytest.fixture
 def saved(monkeypatch):
     """The figures that were saved, to look into."""
-    kept, save = [], figures._save
-    monkeypatch.setattr(figures, '_save', lambda figure, *rest: (kept.append(figure), save(figure, *rest)))
+    kept, save = [], figures.save
+    for module in (figures, draw):
+        monkeypatch.setattr(module, 'save', lambda figure, *rest: (kept.append(figure), save(figure, *rest)))
     return kept
 
 
@@ -75,9 +77,9 @@ def test_a_sheet_shows_each_crop_once(tmp_path, saved):
     assert not saved[0].axes[3].get_frame_on()
 
 
-@pytest.mark.parametrize('draw', [figures.draw_model, figures.draw_map5])
-def test_the_pictures_of_the_readme_keep_every_word_inside(tmp_path, draw, saved):
-    draw(tmp_path / 'p.png')
+@pytest.mark.parametrize('picture', ['draw_model', 'draw_map5'])
+def test_the_pictures_of_the_readme_keep_every_word_inside(tmp_path, picture, saved):
+    getattr(draw, picture)(tmp_path / 'p.png')
     assert (tmp_path / 'p.png').stat().st_size < 150_000
     size = saved[0].bbox
     for text in saved[0].axes[0].texts:
@@ -90,8 +92,8 @@ def test_the_pictures_of_the_readme_keep_every_word_inside(tmp_path, draw, saved
 def test_the_drawn_fluke_differs_from_its_mirror_image():
     outlines = []
     for mirror in (False, True):
-        axes = figures._canvas(10, 5)
-        figures._photo(axes, 0, 0, 10, 5, mirror=mirror)
+        axes = draw._canvas(10, 5)
+        draw._photo(axes, 0, 0, 10, 5, mirror=mirror)
         outlines.append(axes.patches[1].get_xy())
     np.testing.assert_allclose(outlines[0] * [-1, 1] + [10, 0], outlines[1])
     assert outlines[0][:, 0].min() >= 0 and outlines[0][:, 0].max() <= 10
@@ -103,10 +105,3 @@ def test_a_failing_plot_leaves_the_old_picture(tmp_path):
     with pytest.raises(KeyError):
         figures.plot_curves(evaluations().drop(columns='iteration'), path)
     assert path.read_text() == 'before' and list(tmp_path.iterdir()) == [path]
-
-
-def test_the_command_wants_its_option(capsys):
-    with pytest.raises(SystemExit) as stop:
-        figures.main([])
-    assert stop.value.code == 2
-    assert 'python -m utils.figures --readme' in capsys.readouterr().err

@@ -280,6 +280,13 @@ def test_another_seed_changes_the_weights(scripts):
     assert not torch.equal(weights(one)['head.weight'], weights(other)['head.weight'])
 
 
+def test_each_iteration_is_augmented_in_its_own_way(scripts, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(train, 'augment', lambda *args, real=train.augment: seeds.append(torch.initial_seed()) or real(*args))
+    scripts.train(**ALL)
+    assert len(seeds) == len(set(seeds)) == 12
+
+
 def spy_on_batches(monkeypatch):
     seen = []
 

@@ -1,4 +1,4 @@
-"""What doing no learning scores, by DATA_DIR/test_labels.csv: `python -m utils.baselines DATA_DIR [--run RUN]`.
+"""What doing no learning scores, by DATA_DIR/test_labels.csv: `python -m benchmarks.baselines DATA_DIR [--run RUN]`.
 
 Each test image gets the ids of its most similar training images, by pixels or by histograms of oriented
 gradients (HOG, Dalal and Triggs 2005), on the network's box crops; thresholds come from the training labels.
