@@ -119,10 +119,12 @@ def main(argv):
     data = Data(c)
     if state['model'] is None:
         state['log'] = state['log'] + data.notes
+    clock = Clock(state['elapsed'], 0)
     for step in steps:
+        clock.limit = 60 * c.max_minutes * step['share']
         if state['step'] != step['step']:
             state = fresh(state, step, state['elapsed'])
-        state = train_step(c, step, data, folder, state)
+        state = train_step(c, step, data, folder, state, clock)
     print(f'finished: {folder}/best.pth; now python test.py --data_dir {c.data_dir} --run {c.run}')
 
 
@@ -180,7 +182,7 @@ def build(c, step, data, folder):
     return net.to(c.device, memory_format=torch.channels_last)
 
 
-def train_step(c, step, data, folder, state):
+def train_step(c, step, data, folder, state, clock):
     """Train one step to its end, or until interrupted; returns its last state."""
     net = build(c, step, data, folder)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=step['lr'], betas=(0.9, 0.99),
@@ -200,7 +202,6 @@ def train_step(c, step, data, folder, state):
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
     sums = torch.zeros(9, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
     bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
-    clock = Clock(state['elapsed'], 60 * c.max_minutes * step['share'])
     if not state['iteration']:
         state['mark'] = clock.elapsed()
         say(state, f'step {step["step"]}: min_num_class {step["min_num_class"]} ({len(sampler.ids)} ids, '

@@ -8,7 +8,7 @@ class Clock:
     """`before`: seconds that earlier, interrupted runs of this training took. `limit`: seconds; 0 is none."""
 
     def __init__(self, before, limit):
-        self.before, self.limit, self.reserve = before, limit, 2.0
+        self.before, self.limit, self.reserve = before, limit, 6.0  # reserve: until an evaluation has been measured
 
     def elapsed(self):
         return self.before + time.monotonic() - STARTED
@@ -18,5 +18,5 @@ class Clock:
         return bool(self.limit) and self.elapsed() + self.reserve >= self.limit
 
     def measure(self, began):
-        """Remember how long an evaluation took that began at `began` seconds; the last one must fit before the limit."""
-        self.reserve = max(self.reserve, 1.3 * (self.elapsed() - began) + 1)
+        """Remember how long an evaluation took that began at `began` seconds: the last one, and the exit, must fit."""
+        self.reserve = 1.5 * (self.elapsed() - began) + 2
