@@ -2,7 +2,8 @@
 # make test: run the tests. Both install what they need into .venv once.
 PYTHON ?= python3
 RUN = .venv/bin/python
-DEMO = --data_dir data/sample --run demo
+NAME ?= demo
+DEMO = --data_dir data/sample --run $(NAME)
 MINUTES ?= 4.3
 
 .PHONY: demo test clean
@@ -12,7 +13,7 @@ demo: .venv/installed
 	$(RUN) train.py $(DEMO) --stages all --pretrained false --model_name seresnext14 --height 48 --width 96 \
 	    --max_minutes $(MINUTES)
 	$(RUN) test.py $(DEMO)
-	$(RUN) -m benchmarks.baselines data/sample --run demo
+	$(RUN) -m benchmarks.baselines data/sample --run $(NAME)
 
 test: .venv/installed
 	$(RUN) -m pytest -q tests

@@ -101,7 +101,8 @@ RULES = dict(
     strength=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'),
     strength_scratch=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'), weight_decay=weight,
     clip=(float, lambda v: v > 0, 'a number above 0'), max_iters=positive_int, eval_every=positive_int,
-    patience=positive_int, max_minutes=weight, seed=count, device=text, threads=count, workers=count,
+    patience=positive_int, max_minutes=weight,
+    seed=(int, lambda v: 0 <= v < 10 ** 6, 'a whole number, 0 to 999999'), device=text, threads=count, workers=count,
     precision=(str, lambda v: v in ('auto', 'bf16', 'fp32'), "'auto', 'bf16' or 'fp32'"))
 
 NEVER = 10 ** 9  # later than any iteration
@@ -111,6 +112,9 @@ NEVER = 10 ** 9  # later than any iteration
 def main(argv):
     c = read_constants(__file__, argv, RULES)
     c.model_name = check_model_name(c.model_name)
+    if c.images_per_id > c.batch_size * 3 // 4:
+        raise UserError(f'images_per_id = {c.images_per_id} is more than three quarters of batch_size = {c.batch_size}: '
+                        'lower it')
     c.device = choose_device(c.device, c.threads)
     folder = Path('results') / c.run
     steps, state = plan(c, folder)
@@ -118,7 +122,8 @@ def main(argv):
         return
     data = Data(c)
     if state['model'] is None:
-        state['log'] = state['log'] + data.notes
+        for note in data.notes:
+            say(state, note)
     clock = Clock(state['elapsed'], 0)
     for step in steps:
         clock.limit = 60 * c.max_minutes * step['share']

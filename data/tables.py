@@ -105,7 +105,7 @@ def training_rows(train, valid, min_num_class):
     keep = named & (count >= min_num_class)
     if not keep.any():
         raise UserError(f'no id has min_num_class = {min_num_class} images outside validation; '
-                        f'the largest has {int(count.max(initial=0))}: lower min_num_class')
+                        f'the largest has {int(count.max(initial=0))}: lower min_num_class (stages = "all": in schedule)')
     return keep | (is_new & ~valid)
 
 

@@ -1,7 +1,6 @@
 """A name -> a feature extractor with a 4-channel stem: which there are, their ImageNet weights, what `freeze` freezes."""
 import difflib
 import hashlib
-import inspect
 import math
 from pathlib import Path
 
@@ -107,15 +106,12 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name, height, width):
         super().__init__()
-        # Transformers must be told the input's size; other networks do not take the argument.
-        takes_size = 'img_size' in inspect.signature(timm.models.model_entrypoint(name.split('.')[0])).parameters
-        options = dict(num_classes=0, global_pool='', exportable=False)
+        self.options = dict(num_classes=0, global_pool='', img_size=(height, width))
         try:
-            self.network = timm.create_model(name, img_size=(height, width), **options)
-        except TypeError:
-            if takes_size:
-                raise
-            self.network = timm.create_model(name, **options)
+            self.network = timm.create_model(name, **self.options)
+        except TypeError:  # a convolutional network, which takes any size and has no such argument
+            del self.options['img_size']
+            self.network = timm.create_model(name, **self.options)
         self.channels = self.network.num_features
 
     def forward(self, x):
@@ -152,7 +148,7 @@ def load_imagenet(backbone, model_name, weights_dir='weights'):
     name = check_model_name(model_name)
     if name.startswith('timm/'):
         try:
-            source = timm.create_model(name[5:], pretrained=True, num_classes=0, global_pool='')
+            source = timm.create_model(name[5:], pretrained=True, **backbone.options)
         except Exception as error:  # the hub's client raises many kinds; the cause stands in the sentence
             raise UserError(f'the weights of {name} could not be fetched ({error}); '
                             'set pretrained = False to train from random weights') from error

@@ -27,7 +27,8 @@ class SmallBackbone(nn.Module):
     def __init__(self, *_):
         super().__init__()
         for number, (inside, outside, stride) in enumerate([(4, 8, 4), (8, 8, 1), (8, 8, 2), (8, 16, 2), (16, 24, 1)]):
-            layer = nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
+            convolution = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+            layer = nn.Sequential(convolution, nn.BatchNorm2d(outside), nn.ReLU())
             setattr(self, f'layer{number}', layer)
 
     def forward(self, x):
@@ -93,7 +94,7 @@ def arguments(**settings):
 
 @pytest.fixture
 def scripts(drawn, work, small, capsys, monkeypatch):
-    """train(...) and answer(...) run the two scripts here: their exit code (0 when they return), out, err and folder."""
+    """train(...) and answer(...) run the two scripts here; they give exit code (0: returned), out, err, folder."""
     monkeypatch.setattr(train, 'plot_curves', lambda *_: None)  # slower than the trainings
 
     def call(script, settings, folder):

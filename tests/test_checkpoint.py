@@ -22,7 +22,7 @@ def names(folder):
 
 
 def iteration(path):
-    return checkpoint.load(path)['iteration']
+    return torch.load(path, weights_only=True)['iteration']
 
 
 def test_the_three_best_are_kept(tmp_path):

@@ -30,7 +30,8 @@ class StubCrops:
         rows, (height, width) = torch.from_numpy(np.asarray(rows)), raw_size(HEIGHT, WIDTH)
         left = torch.arange(width) < width // 2
         light = torch.where(left, 10 * rows[:, None], 250 - 20 * rows[:, None]).byte()  # (B, w)
-        return light[:, None, :, None].expand(-1, height, -1, 3), torch.zeros(len(rows), height, width, dtype=torch.uint8)
+        masks = torch.zeros(len(rows), height, width, dtype=torch.uint8)
+        return light[:, None, :, None].expand(-1, height, -1, 3), masks
 
 
 def halves(rows):

@@ -93,7 +93,8 @@ def test_what_cannot_be_read_is_answered_with_new_whale(trained, photos, thresho
     refused = trained.answer(data_dir=photos)
     assert_refused(refused, bad, 'skip_bad_images')
     assert not (refused.folder / 'submission.csv').exists()
-    table = answers(trained.answer(data_dir=photos, skip_bad_images=True, threshold=threshold).folder).set_index('Image')['Id']
+    result = trained.answer(data_dir=photos, skip_bad_images=True, threshold=threshold)
+    table = answers(result.folder).set_index('Image')['Id']
     assert table[bad].split()[0] == 'new_whale'
     others = table.drop(bad)
     if threshold == 0:
@@ -144,8 +145,10 @@ def test_a_bad_setting_is_refused_and_nothing_written(trained):
     before = snapshot(folder)
     for settings, words in [
             (dict(run='nothing'), ['checkpoint', 'nothing']), (dict(checkPoint_start=77), ['iteration 77']),
-            (dict(checkPoint_start='best,gone.pth'), ['gone.pth']), (dict(data_dir='nowhere'), ['nowhere', 'train.csv']),
-            (dict(views=2), ['views']), (dict(threshold=2), ['threshold']), (dict(gallery=1), ['gallery', 'gallery_weight'])]:
+            (dict(checkPoint_start='best,gone.pth'), ['gone.pth']),
+            (dict(data_dir='nowhere'), ['nowhere', 'train.csv']),
+            (dict(views=2), ['views']), (dict(threshold=2), ['threshold']),
+            (dict(gallery=1), ['gallery', 'gallery_weight'])]:
         assert_refused(trained.answer(**settings), *words)
         assert snapshot(folder) == before
 

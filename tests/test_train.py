@@ -135,7 +135,8 @@ def assert_equal_weights(one, other):
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
-@pytest.mark.parametrize('change', [dict(freeze=True), dict(min_num_class=2), dict(lr=1e-4), dict(checkPoint_start='best')])
+@pytest.mark.parametrize('change', [dict(freeze=True), dict(min_num_class=2), dict(lr=1e-4),
+                                    dict(checkPoint_start='best')])
 def test_a_changed_constant_makes_a_next_step_from_the_best(scripts, starts, change):
     folder = scripts.train(max_iters=5, eval_every=1).folder
     best, log = (folder / 'step1_best.pth').read_bytes(), (folder / 'log.txt').read_text()
@@ -249,7 +250,7 @@ def test_max_minutes_runs_all_stages_and_ends(work, drawn):
     code = ('import sys, models.whale_net, train; from tests.conftest import SmallBackbone\n'
             'models.whale_net.build_backbone = SmallBackbone\n'
             'train.main(sys.argv[1:])')
-    done = subprocess.run([sys.executable, '-c', code, *arguments(**settings)], cwd=work, timeout=300,
+    done = subprocess.run([sys.executable, '-c', code, *arguments(**settings)], cwd=work, timeout=600,  # not hours
                           env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert pd.read_csv(work / 'results/r/evaluations.csv')['step'].unique().tolist() == [1, 2, 3]
@@ -282,7 +283,8 @@ def test_another_seed_changes_the_weights(scripts):
 
 def test_each_iteration_is_augmented_in_its_own_way(scripts, monkeypatch):
     seeds = []
-    monkeypatch.setattr(train, 'augment', lambda *args, real=train.augment: seeds.append(torch.initial_seed()) or real(*args))
+    real = train.augment
+    monkeypatch.setattr(train, 'augment', lambda *args: seeds.append(torch.initial_seed()) or real(*args))
     scripts.train(**ALL)
     assert len(seeds) == len(set(seeds)) == 12
 

@@ -24,6 +24,7 @@ def plan(c, folder):
         rows, shares = (c.schedule if c.pretrained else c.schedule_scratch), c.stage_share
         if len(shares) != len(rows):
             raise UserError(f'stage_share has {len(shares)} numbers for {len(rows)} stages; give one for each')
+    rows = [tuple(row) for row in rows]  # brackets mean the same on the command line
     last = checkpoint.load(folder / 'last.pth') if (folder / 'last.pth').exists() else None
     same = last and last['constants']['stages'] == c.stages and (
         [tuple(row) for row in last['rows']] == rows and last['start'] == c.checkPoint_start)
