@@ -11,7 +11,7 @@ import torch
 
 from data.decode import check_images
 from data.images import Crops
-from data.tables import NEW_WHALE, load_tables, validation_fold
+from data.tables import NEW_WHALE, load_tables
 from models.whale_net import WhaleNet
 from utils import checkpoint
 from utils.constants import read_constants
@@ -66,7 +66,7 @@ def main(argv):
     tables = check_images(tables, c.skip_bad_images)
     train, test = tables.train.sort_values('Image', ignore_index=True), tables.test
     labels = torch.from_numpy(train['label'].to_numpy().copy())
-    valid = validation_fold(train, members[0]['constants']['fold'])
+    valid = train['Image'].isin(members[0]['fold_images']).to_numpy()  # the images that the training left out
     named = train['label'].to_numpy() < tables.num_ids
     crops = {}  # size -> crops of the labelled and of the test images; one size for most ensembles
     for member in members:
@@ -112,10 +112,11 @@ def check_member(file, member, first, ids, data_dir):
         odd = sorted(set(member['ids']) ^ set(ids))
         raise UserError(f'{file} was trained on other ids than {data_dir}/train.csv has ({len(odd)} differ, such as '
                         f'{odd[0]}): its answers would be wrong; use the data folder that it was trained on')
-    for name in ('fold', 'flip_is_new_id'):
-        if member['constants'][name] != first['constants'][name]:
-            raise UserError(f'{file} has another {name} than the first checkpoint: validation would use images that one of '
-                            'them has learned')
+    if member['fold_images'] != first['fold_images']:
+        raise UserError(f'{file} was validated on other images than the first checkpoint: one of them has learned what would '
+                        'validate here; list checkpoints of one fold')
+    if member['constants']['flip_is_new_id'] != first['constants']['flip_is_new_id']:
+        raise UserError(f'{file} has another flip_is_new_id than the first checkpoint; list checkpoints that agree')
 
 
 def see(c, file, member, num_ids, crops, rows):

@@ -76,7 +76,7 @@ max_minutes = 0.0           # of wall clock for the whole training; 0: no limit
 seed = 0                    # same seed, same machine: same weights
 device = 'auto'             # 'auto', 'cuda', 'cuda:1', 'cpu'
 threads = 0                 # CPU threads; 0: all cores
-workers = 0                 # processes that read crops; 0: the training process itself
+workers = 0                 # processes that read crops, on Linux; 0: the training process itself
 precision = 'auto'          # 'auto': bf16 where the hardware has it; 'bf16', 'fp32'
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -112,6 +112,11 @@ NEVER = 10 ** 9  # later than any iteration
 def main(argv):
     c = read_constants(__file__, argv, RULES)
     c.model_name = check_model_name(c.model_name)
+    ignored = [name for name in ('min_num_class', 'freeze', 'lr') if c.stages == 'all' and
+               any(part.split('=')[0] == f'--{name}' for part in argv)]
+    if ignored:
+        raise UserError(f"--{ignored[0]} has no effect with stages = 'all': give it in the rows of schedule "
+                        '(schedule_scratch when pretrained = False)')
     if c.images_per_id > c.batch_size * 3 // 4:
         raise UserError(f'images_per_id = {c.images_per_id} is more than three quarters of batch_size = {c.batch_size}: '
                         'lower it')
@@ -121,6 +126,11 @@ def main(argv):
     if not steps:
         return
     data = Data(c)
+    if state['model'] and state['ids'] != data.ids:
+        raise UserError(f'{folder}/last.pth knows other ids than {c.data_dir}/train.csv; choose another run')
+    if state['fold_images'] not in (None, data.fold_images):
+        raise UserError(f'the validation fold of {folder} is no longer that of {c.data_dir}/train.csv: photographs were added, '
+                        'removed or repaired, so learned ones would validate; choose another run')
     if state['model'] is None:
         for note in data.notes:
             say(state, note)
@@ -154,6 +164,7 @@ class Data:
         both = np.concatenate([animal, animal + self.num_ids])[:self.classes]  # a mirror image is another animal
         self.group = torch.tensor([*both, 2 * self.num_ids + 1])  # (classes + 1,)
         self.valid_rows = np.flatnonzero(self.valid)
+        self.fold_images = train['Image'].iloc[self.valid_rows].tolist()
         self.valid_truth = self.labels[self.valid_rows].clamp(max=self.num_ids)  # (Q,) N: new_whale
         named = self.labels[self.valid_rows] < self.classes
         self.notes = [f'{len(train)} training images, {self.num_ids} ids, {self.classes} classes; '
@@ -170,11 +181,13 @@ class Data:
         return *self.crops[rows], self.labels[rows], torch.from_numpy(flips)
 
 
-def build(c, step, data, folder):
-    """The step's network, with the weights it starts from and its early layers frozen if it says so."""
+def build(c, step, data, folder, state):
+    """The step's network, its early layers frozen if it says so, with the weights of `state`, or those it starts from."""
     torch.manual_seed(c.seed)
     net = WhaleNet(c.model_name, data.classes, c.height, c.width)
-    if step['checkPoint_start'] != 0:
+    if state['model']:
+        checkpoint.fill(net, state, folder / 'last.pth')
+    elif step['checkPoint_start'] != 0:
         path = checkpoint.find(folder, step['checkPoint_start'], before_step=step['step'])
         loaded = checkpoint.load(path)
         if loaded['ids'] != data.ids:
@@ -189,20 +202,18 @@ def build(c, step, data, folder):
 
 def train_step(c, step, data, folder, state, clock):
     """Train one step to its end, or until interrupted; returns its last state."""
-    net = build(c, step, data, folder)
+    net = build(c, step, data, folder, state)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=step['lr'], betas=(0.9, 0.99),
                                  weight_decay=c.weight_decay, fused=True)
     if state['model']:
-        if state['ids'] != data.ids:
-            raise UserError(f'{folder}/last.pth knows other ids than {c.data_dir}/train.csv; choose another run')
-        checkpoint.fill(net, state, folder / 'last.pth')
         optimizer.load_state_dict(state['optimizer'])
     write_constants(c, folder / 'constants.txt')  # the first thing written: all that can be refused has been by now
     rows = data.rows[step['min_num_class']]
     sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes, c.images_per_id,
                            c.seed + 1000 * step['step'], state['iteration'])
     batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=c.workers, collate_fn=lambda batch: batch,
-                              pin_memory='cuda' in c.device, worker_init_fn=ignore_interrupt))
+                              pin_memory='cuda' in c.device, worker_init_fn=ignore_interrupt,
+                              multiprocessing_context='fork' if c.workers else None))
     strength = c.strength if c.pretrained else c.strength_scratch
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
     sums = torch.zeros(9, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
@@ -216,6 +227,7 @@ def train_step(c, step, data, folder, state, clock):
 
     def snapshot(finished=False):
         return dict(state, model=net.state_dict(), optimizer=optimizer.state_dict(), sums=sums.cpu(), ids=data.ids,
+                    fold_images=data.fold_images,
                     finished=finished, elapsed=clock.elapsed(), constants=vars(c), rows=step['rows'], start=step['start'],
                     first=step['first'])
 

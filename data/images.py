@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,6 +123,10 @@ class Crops:
         size = int(np.prod(shape))
         new = not path.exists() or path.stat().st_size != size
         if new:
+            free = shutil.disk_usage(path.parent).free
+            if size > free:  # a full disk would end a write to mapped memory with a bus error
+                raise UserError(f'{path.parent} needs {size / 1e9:.1f} GB for decoded crops and {free / 1e9:.1f} GB are free; '
+                                'make room, or set cache_dir to a folder on another disk')
             with open(path, 'wb') as file:
                 file.truncate(size)
         return np.memmap(path, np.uint8, 'r+', shape=shape), new

@@ -88,6 +88,14 @@ def small(monkeypatch):
     monkeypatch.setattr(models.whale_net, 'build_backbone', SmallBackbone)
 
 
+def together(**changes):
+    """SETTINGS with changes; the schedule of all stages decides what min_num_class would."""
+    settings = {**SETTINGS, **changes}
+    if settings.get('stages') == 'all' and 'min_num_class' not in changes:
+        del settings['min_num_class']
+    return settings
+
+
 def arguments(**settings):
     return [part for name, value in settings.items() for part in (f'--{name}', str(value))]
 
@@ -107,7 +115,7 @@ def scripts(drawn, work, small, capsys, monkeypatch):
         return SimpleNamespace(code=code, folder=folder, **capsys.readouterr()._asdict())
 
     def run_train(**settings):
-        settings = {**SETTINGS, 'data_dir': drawn, **settings}
+        settings = together(**{'data_dir': drawn, **settings})
         return call(train, settings, work / 'results' / settings['run'])
 
     def run_answer(**settings):
@@ -131,3 +139,62 @@ def assert_same_weights(one, other, name='last'):
     assert list(one) == list(other)
     different = [key for key in one if not torch.equal(one[key], other[key])]
     assert not different
+
+
+def interrupt_at(monkeypatch, where, call, number=signal.SIGINT):
+    """A signal arrives when `where`, the name of something that train.py uses, is called for the `call`-th time."""
+    target, name = (torch.optim.Adam, 'step') if where == 'Adam.step' else (train, where)
+    real, calls = getattr(target, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        result = real(*args, **kwargs)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(target, name, wrapped)
+
+
+def spy_on_batches(monkeypatch):
+    seen = []
+
+    def getitems(self, batch, real=train.Data.__getitems__):
+        seen.extend(row for row, _ in batch)
+        spy.data = self
+        return real(self, batch)
+
+    spy = SimpleNamespace(rows=seen)
+    monkeypatch.setattr(train.Data, '__getitems__', getitems)
+    return spy
+
+
+def assert_refused(result, *words):
+    """Exit code 2 and one line that says what is wrong."""
+    assert result.code == 2, result
+    lines = [line for line in result.err.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1 and 'Traceback' not in result.err
+    for word in words:
+        assert word in lines[0]
+
+
+def edit_table(photos, edit):
+    table = pd.read_csv(photos / 'train.csv')
+    edit(table).to_csv(photos / 'train.csv', index=False)
+
+
+def first_row(**cells):
+    return lambda table: table.assign(**{name: [cell, *table[name][1:]] for name, cell in cells.items()})
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+    return path.name
+
+
+def add_photographs(photos):
+    """A second photograph of two whales that had one: validation is then drawn among more."""
+    names = [f'added{number}.jpg' for number in range(2)]
+    for name in names:
+        shutil.copy(photos / 'test/t00.jpg', photos / 'train' / name)
+    edit_table(photos, lambda table: pd.concat([table, pd.DataFrame(dict(Image=names, Id=['w_0', 'w_1']))]))

@@ -1,4 +1,5 @@
 import os
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from data import images
 from data.images import MARGIN, Crops, cut_crop, raw_size
+from utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 WHOLE = [np.nan] * 4
@@ -209,3 +211,10 @@ def test_rows_marked_bad_are_black_and_not_read(frame, tmp_path, decoded):
     pixels, masks = build(frame.assign(bad=frame['path'] == bad), tmp_path)[[2, 1]]
     assert bad not in decoded
     assert not pixels[0].any() and not masks[0].any() and pixels[1].any()
+
+
+def test_too_little_room_for_the_crops_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(images.shutil, 'disk_usage', lambda _: SimpleNamespace(free=100))
+    with pytest.raises(UserError, match='cache_dir'):
+        Crops._open(tmp_path / 'crops.u8', (10, 20))
+    assert not (tmp_path / 'crops.u8').exists()

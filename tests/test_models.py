@@ -179,3 +179,19 @@ def test_outputs():
     assert torch.allclose(embedding.norm(dim=1), torch.ones(3), atol=1e-5)
     assert torch.allclose(strips.norm(dim=2), torch.ones(3, 2), atol=1e-4)
     assert torch.allclose(logits, 16 * net.head(embedding))
+
+
+def test_images_are_normalised_by_the_statistics_of_imagenet_and_masks_are_not():
+    net = WhaleNet('seresnext14', 12, *SIZE)
+    seen = []
+    net.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(torch.full((2, 4, *SIZE), 0.5))
+    expected = [(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225, 0.5]
+    assert seen[0].mean((0, 2, 3)).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_of_a_timm_transformer_fit_another_input_size(monkeypatch):
+    """timm resamples the position embedding, if it is told the size; the download itself is left out here."""
+    real = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **options: real(name, **options))
+    load_imagenet(build_backbone('timm/vit_tiny_patch16_224', 64, 128), 'timm/vit_tiny_patch16_224')

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 import test as answer
-from tests.conftest import snapshot
-from tests.test_train import assert_refused, cut, edit_table, first_row
+from tests.conftest import add_photographs, assert_refused, cut, edit_table, first_row, snapshot
 
 
 @pytest.fixture
@@ -114,6 +113,17 @@ def test_a_checkpoint_of_other_ids_is_refused(trained, photos):
     result = trained.answer(data_dir=photos)
     assert_refused(result, 'other ids', 'train.csv')
     assert snapshot(result.folder) == before
+
+
+def test_the_images_that_the_training_left_out_validate_whatever_comes_to_the_table(trained, photos, work, monkeypatch):
+    seen = []
+    monkeypatch.setattr(answer, 'predict', lambda net, crops, rows, *args, real=answer.predict, **kwargs:
+                        seen.append(list(rows)) or real(net, crops, rows, *args, **kwargs))
+    left_out = torch.load(work / 'results/r/best.pth', weights_only=True)['fold_images']
+    add_photographs(photos)
+    trained.answer(data_dir=photos)
+    images = sorted(pd.read_csv(photos / 'train.csv')['Image'])
+    assert [images[row] for row in seen[0]] == left_out
 
 
 def test_checkpoints_of_different_folds_are_refused(trained):

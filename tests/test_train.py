@@ -14,7 +14,18 @@ import pytest
 import torch
 
 import train
-from tests.conftest import SETTINGS, arguments, assert_same_weights, snapshot, weights, write_frame
+from tests.conftest import (
+    SETTINGS,
+    arguments,
+    assert_refused,
+    assert_same_weights,
+    interrupt_at,
+    snapshot,
+    spy_on_batches,
+    together,
+    weights,
+    write_frame,
+)
 from utils.clock import Clock
 from utils.log import TIME_COLUMNS
 
@@ -34,21 +45,6 @@ def assert_same_run(one, other):
     assert log_without_times(one) == log_without_times(other)
     tables = [pd.read_csv(folder / 'evaluations.csv').drop(columns=list(TIME_COLUMNS)) for folder in (one, other)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-
-
-def interrupt_at(monkeypatch, where, call, number=signal.SIGINT):
-    """A signal arrives when `where`, the name of something that train.py uses, is called for the `call`-th time."""
-    target, name = (torch.optim.Adam, 'step') if where == 'Adam.step' else (train, where)
-    real, calls = getattr(target, name), []
-
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        result = real(*args, **kwargs)
-        if len(calls) == call:
-            signal.raise_signal(number)
-        return result
-
-    monkeypatch.setattr(target, name, wrapped)
 
 
 # Going on
@@ -76,6 +72,29 @@ def test_an_interrupted_run_of_all_stages_ends_as_one_that_was_not(scripts, monk
     stopped = scripts.train(run='stopped', **ALL)
     assert_same_run(whole.folder, stopped.folder)
     assert pd.read_csv(stopped.folder / 'evaluations.csv')['step'].tolist() == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_schedule_in_brackets_goes_on_too(scripts, monkeypatch):
+    brackets = dict(ALL, schedule_scratch='[[0,False,1e-3],[0,False,3e-4],[0,False,1e-4]]')
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 'joint_loss', 7)
+        scripts.train(**brackets)
+    folder = scripts.train(**brackets).folder
+    assert pd.read_csv(folder / 'evaluations.csv')['step'].tolist() == [1, 1, 2, 2, 3, 3]
+
+
+def test_going_on_needs_no_start_weights(scripts, monkeypatch):
+    first = scripts.train(run='first').folder / 'best.pth'
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 'joint_loss', 4)
+        scripts.train(checkPoint_start=first, run='next')
+    first.rename(first.with_name('gone.pth'))
+    assert scripts.train(checkPoint_start=first, run='next').code == 0
+
+
+def test_what_is_absent_is_said_before_the_training(scripts):
+    out = scripts.train().out
+    assert out.index('bboxes.csv: absent') < out.index('step 1: ')
 
 
 def test_interrupted_twice(scripts, monkeypatch):
@@ -246,7 +265,7 @@ def test_the_clock_counts_earlier_runs_and_leaves_time_to_save(monkeypatch):
 
 
 def test_max_minutes_runs_all_stages_and_ends(work, drawn):
-    settings = {**SETTINGS, **ALL, 'data_dir': drawn, 'max_iters': 100000, 'eval_every': 10000, 'max_minutes': 0.2}
+    settings = together(**{**ALL, 'data_dir': drawn, 'max_iters': 100000, 'eval_every': 10000, 'max_minutes': 0.2})
     code = ('import sys, models.whale_net, train; from tests.conftest import SmallBackbone\n'
             'models.whale_net.build_backbone = SmallBackbone\n'
             'train.main(sys.argv[1:])')
@@ -289,19 +308,6 @@ def test_each_iteration_is_augmented_in_its_own_way(scripts, monkeypatch):
     assert len(seeds) == len(set(seeds)) == 12
 
 
-def spy_on_batches(monkeypatch):
-    seen = []
-
-    def getitems(self, batch, real=train.Data.__getitems__):
-        seen.extend(row for row, _ in batch)
-        spy.data = self
-        return real(self, batch)
-
-    spy = SimpleNamespace(rows=seen)
-    monkeypatch.setattr(train.Data, '__getitems__', getitems)
-    return spy
-
-
 @pytest.mark.parametrize('min_num_class', [0, 3])
 def test_no_validation_image_and_no_rare_id_is_in_a_batch(scripts, monkeypatch, min_num_class):
     spy = spy_on_batches(monkeypatch)
@@ -321,181 +327,3 @@ def test_duplicate_ids_reach_the_loss(scripts, photos, monkeypatch):
     group = groups[0].tolist()
     assert group[2] == group[7] and group[12] == group[17]
     assert len(set(group)) == len(group) - 2 == 19  # else all differ, a whale from its mirror image too
-
-
-# What is refused
-
-def assert_refused(result, *words):
-    """Exit code 2 and one line that says what is wrong."""
-    assert result.code == 2, result
-    lines = [line for line in result.err.splitlines() if line.startswith('error: ')]
-    assert len(lines) == 1 and 'Traceback' not in result.err
-    for word in words:
-        assert word in lines[0]
-
-
-def edit_table(photos, edit):
-    table = pd.read_csv(photos / 'train.csv')
-    edit(table).to_csv(photos / 'train.csv', index=False)
-
-
-def first_row(**cells):
-    return lambda table: table.assign(**{name: [cell, *table[name][1:]] for name, cell in cells.items()})
-
-
-BAD_SETTINGS = {
-    'unknown constant': (dict(batchsize=8), ['batchsize', 'batch_size']),
-    'not a number': (dict(lr='fast'), ['lr', 'number']),
-    'out of range': (dict(lr=3), ['lr', 'between 0 and 1']),
-    'not a bool': (dict(freeze='maybe'), ['freeze', 'True or False']),
-    'batch size': (dict(batch_size=10), ['batch_size', 'multiple of 4']),
-    'model_name': (dict(model_name='seresnxt50'), ['seresnxt50', 'seresnext50']),
-    'timm name': (dict(model_name='timm/resnet5O'), ['resnet5O', 'timm/resnet50']),
-    'device': (dict(device='gpu'), ['gpu', 'cuda']),
-    'data_dir': (dict(data_dir='nowhere'), ['nowhere', 'https://www.kaggle.com', 'data.make_sample']),
-    'rare ids only': (dict(min_num_class=50), ['min_num_class = 50', 'largest has']),
-    'too large a batch': (dict(batch_size=48), ['batch_size = 48', 'training images']),
-    'no weights': (dict(pretrained=True), ['seresnext14', 'pretrained = False']),
-    'shares of stages': (dict(stages='all', stage_share='(1, 1)'), ['stage_share', '3 stages']),
-    'start': (dict(checkPoint_start='best'), ['checkPoint_start']),
-}
-
-
-@pytest.mark.parametrize('settings, words', BAD_SETTINGS.values(), ids=BAD_SETTINGS)
-def test_a_bad_setting_is_refused_and_nothing_written(scripts, settings, words):
-    result = scripts.train(**settings)
-    assert_refused(result, *words)
-    assert not result.folder.exists()
-
-
-def test_a_bad_setting_leaves_a_stopped_training_as_it_was(scripts, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 'joint_loss', 4)
-        folder = scripts.train().folder
-    before = snapshot(folder)
-    for name, (settings, _) in BAD_SETTINGS.items():
-        if name != 'start':  # 'best' is there now
-            assert scripts.train(**settings).code == 2
-            assert snapshot(folder) == before, name
-
-
-BAD_TABLES = {
-    'no columns': (lambda t: t.rename(columns={'Id': 'whale'}), ['column', 'Id']),
-    'blank id': (first_row(Id=''), ['without an image or an id', 'line 2']),
-    'image twice': (lambda t: pd.concat([t, t[:1]]), ['more than once']),
-    'no file': (first_row(Image='gone.jpg'), ['gone.jpg', 'not in']),
-    'space in an id': (first_row(Id='w 1'), ['space', 'w 1']),
-    'no ids': (lambda t: t.assign(Id='new_whale'), ['names no id']),
-    'one image each': (lambda t: t.assign(Id=[f'w_{i}' for i in range(len(t))]), ['two images']),
-}
-
-
-@pytest.mark.parametrize('edit, words', BAD_TABLES.values(), ids=BAD_TABLES)
-def test_a_bad_table_is_refused_and_nothing_written(scripts, photos, edit, words):
-    edit_table(photos, edit)
-    result = scripts.train(data_dir=photos)
-    assert_refused(result, *words)
-    assert not result.folder.exists()
-
-
-def test_a_file_that_the_table_does_not_list_is_named_in_the_log(scripts, photos):
-    (photos / 'train/extra.jpg').write_bytes((photos / 'test/t00.jpg').read_bytes())
-    folder = scripts.train(data_dir=photos, max_iters=1).folder
-    assert 'extra.jpg' in (folder / 'log.txt').read_text()
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-200])
-    return path.name
-
-
-def test_broken_images_are_named_or_left_out(scripts, photos, monkeypatch):
-    name, other = cut(sorted((photos / 'train').iterdir())[3]), cut(photos / 'test/t03.jpg')
-    refused = scripts.train(data_dir=photos)
-    assert_refused(refused, f'train/{name}', f'test/{other}', 'skip_bad_images')
-    assert not refused.folder.exists()
-    spy = spy_on_batches(monkeypatch)
-    went_on = scripts.train(data_dir=photos, skip_bad_images=True)
-    assert went_on.code == 0 and name not in set(spy.data.train['Image'])
-    assert name in (went_on.folder / 'log.txt').read_text()
-
-
-@pytest.mark.parametrize('content', [b'', b'no checkpoint' * 20])
-def test_an_unreadable_checkpoint_is_refused_and_left_alone(scripts, work, content):
-    path = work / 'results/r/last.pth'
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    assert_refused(scripts.train(), 'last.pth', 'not a readable checkpoint')
-    assert snapshot(path.parent) == {'last.pth': content}
-
-
-@pytest.mark.parametrize('content', [{'weight': torch.zeros(2)}, torch.zeros(2)], ids=['weights', 'tensor'])
-@pytest.mark.parametrize('name', ['last.pth', 'other.pth'])
-def test_a_file_of_torch_that_is_no_checkpoint_is_refused(scripts, work, content, name):
-    path = work / 'results/r' / name
-    path.parent.mkdir(parents=True)
-    torch.save(content, path)
-    before = snapshot(path.parent)
-    assert_refused(scripts.train(checkPoint_start=0 if name == 'last.pth' else path), name)
-    assert snapshot(path.parent) == before
-
-
-def test_a_start_of_other_ids_or_another_network_is_refused_and_nothing_written(scripts, photos):
-    best = scripts.train(run='first').folder / 'best.pth'
-    other = scripts.train(run='other', checkPoint_start=best, flip_is_new_id=False)
-    assert_refused(other, 'best.pth')
-    assert not other.folder.exists()
-    edit_table(photos, first_row(Id='w_another'))
-    other = scripts.train(run='other', checkPoint_start=best, data_dir=photos)
-    assert_refused(other, 'best.pth', 'ids')
-    assert not other.folder.exists()
-
-
-def test_a_stopped_training_does_not_go_on_with_other_ids(scripts, photos, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 'joint_loss', 4)
-        folder = scripts.train().folder
-    before = snapshot(folder)
-    edit_table(photos, first_row(Id='w_another'))
-    assert_refused(scripts.train(data_dir=photos), 'other ids')
-    assert snapshot(folder) == before
-
-
-# A loss that is not finite
-
-def spoil_loss(monkeypatch, call):
-    """The loss of the `call`-th iteration is not a number."""
-    calls, spy = [], spy_on_batches(monkeypatch)
-
-    def loss(*args, real=train.joint_loss):
-        calls.append(1)
-        total, parts = real(*args)
-        if len(calls) == call:
-            spy.names = set(spy.data.train['Image'].iloc[spy.rows[-8:]])
-            total = total * float('nan')
-        return total, parts
-
-    monkeypatch.setattr(train, 'joint_loss', loss)
-    return spy
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_images(scripts, monkeypatch):
-    folder = scripts.train(max_iters=4, eval_every=2).folder
-    last = (folder / 'last.pth').read_bytes()
-    spy = spoil_loss(monkeypatch, 2)
-    result = scripts.train(max_iters=9, eval_every=3, lr=1e-4, checkPoint_start='best')
-    assert_refused(result, 'not finite', 'lower lr')
-    named, = folder.glob('not_finite*.txt')
-    assert set(named.read_text().split()) == spy.names
-    assert named.name in result.err
-    assert (folder / 'last.pth').read_bytes() == last
-
-
-def test_an_interrupt_does_not_save_weights_that_are_not_finite(scripts, monkeypatch):
-    folder = scripts.train(max_iters=4, eval_every=2).folder
-    last = (folder / 'last.pth').read_bytes()
-    spoil_loss(monkeypatch, 2)
-    interrupt_at(monkeypatch, 'joint_loss', 4)
-    result = scripts.train(max_iters=9, eval_every=9, lr=1e-4, checkPoint_start='best')
-    assert_refused(result, 'not finite')
-    assert (folder / 'last.pth').read_bytes() == last

@@ -1,4 +1,5 @@
 """One file a checkpoint, written whole; which ones a run keeps; where a training starts or goes on."""
+import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def load(path, device='cpu'):
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint; all mean the same here
         raise UserError(f'{path} is not a readable checkpoint ({type(error).__name__}); '
                         'delete it or name another with checkPoint_start') from error
-    if not isinstance(state, dict) or not {'model', 'ids', 'constants', 'iteration'} <= set(state):
+    if not isinstance(state, dict) or not {'model', 'ids', 'constants', 'iteration', 'fold_images'} <= set(state):
         raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')
     return state
 
@@ -78,8 +79,17 @@ def keep_best(folder, step, iteration, map5, kept, state):
     save(own, state)
     if ranked[0] == (map5, iteration):
         for name in (f'step{step}_best.pth', 'best.pth'):
-            write_whole(folder / name, lambda temporary: shutil.copyfile(own, temporary))
+            write_whole(folder / name, lambda temporary: _same_file(own, temporary))
     for _, old in kept:
         if old not in [number for _, number in ranked]:
             (folder / f'step{step}_{old:06d}.pth').unlink(missing_ok=True)
     return ranked
+
+
+def _same_file(own, other):
+    """A second name for one file, so that a best checkpoint costs its disk space once; a copy where links are refused."""
+    os.unlink(other)
+    try:
+        os.link(own, other)
+    except OSError:
+        shutil.copyfile(own, other)

@@ -10,7 +10,7 @@ from utils import checkpoint
 from utils.errors import UserError
 
 STEP = ('freeze', 'min_num_class', 'lr', 'checkPoint_start')
-FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed')  # of a run, over all its steps
+FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed', 'pretrained')  # of a run, over all its steps
 
 
 def plan(c, folder):
@@ -54,5 +54,6 @@ def plan(c, folder):
 def fresh(previous, step, elapsed):
     """The state of a step that has not begun."""
     return dict(step=step['step'], iteration=0, model=None, optimizer=None, finished=False, best=0.0, since_best=0, kept=[],
-                threshold=0.5, sums=None, elapsed=elapsed, mark=elapsed, log=previous['log'] if previous else [],
+                threshold=0.5, sums=None, fold_images=previous['fold_images'] if previous else None,
+                elapsed=elapsed, mark=elapsed, log=previous['log'] if previous else [],
                 evaluations=previous['evaluations'] if previous else [])
