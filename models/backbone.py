@@ -80,7 +80,9 @@ class Pointwise(nn.Conv2d):
         if x.is_cuda:
             return super().forward(x)
         x = x[:, :, ::self.stride[0], ::self.stride[1]].permute(0, 2, 3, 1)  # (B, h, w, in)
-        return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, out, h, w), channels last
+        # Flat rows: with four dimensions and no gradient torch copies the whole weight for every row of pixels.
+        y = F.linear(x.reshape(-1, self.in_channels), self.weight.flatten(1), self.bias)  # (B * h * w, out)
+        return y.view(*x.shape[:3], -1).permute(0, 3, 1, 2)  # (B, out, h, w), channels last
 
 
 class SENetBackbone(nn.Module):

@@ -195,3 +195,11 @@ def test_weights_of_a_timm_transformer_fit_another_input_size(monkeypatch):
     real = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **options: real(name, **options))
     load_imagenet(build_backbone('timm/vit_tiny_patch16_224', 64, 128), 'timm/vit_tiny_patch16_224')
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_a_pointwise_convolution_is_a_convolution(stride):
+    layer = backbones.Pointwise(6, 10, 1, stride)
+    x = torch.randn(2, 6, 7, 9).contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, stride)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
