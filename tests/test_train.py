@@ -327,3 +327,15 @@ def test_duplicate_ids_reach_the_loss(scripts, photos, monkeypatch):
     group = groups[0].tolist()
     assert group[2] == group[7] and group[12] == group[17]
     assert len(set(group)) == len(group) - 2 == 19  # else all differ, a whale from its mirror image too
+
+
+def test_the_loss_sees_mirrored_images_as_the_flipped_ids(scripts, monkeypatch):
+    spy, labels = spy_on_batches(monkeypatch), []
+    flips = []
+    monkeypatch.setattr(train, 'augment', lambda *args, real=train.augment: flips.append(args[2]) or real(*args))
+    monkeypatch.setattr(train, 'joint_loss', lambda *args, real=train.joint_loss: labels.append(args[1]) or real(*args))
+    scripts.train(max_iters=5, eval_every=5)
+    plain = spy.data.labels[spy.rows].tolist()  # 10 ids; 20 is new_whale
+    flips, labels = torch.cat(flips).tolist(), torch.cat(labels).tolist()
+    assert labels == [20 if k == 20 else k + 10 * flip for k, flip in zip(plain, flips)]
+    assert {0, 1} == {flip for k, flip in zip(plain, flips) if k < 20}
