@@ -63,8 +63,8 @@ margin = 0.3                # of both triplet losses
 hardest = 30                # classifiers of each image that teach: those most wrong
 batch_size = 48             # images: 12 x (anchor, positive, another id, new_whale)
 images_per_id = 0           # 0: the items above; K: P ids x K images, and a quarter new_whale
-strength = 1.0              # of the augmentation: 0 none, 1 the reference's ranges
-strength_scratch = 0.5      # the same with pretrained = False, where the full ranges slow the start (see the README)
+strength = (1.0, 1.0)       # of the augmentation, geometric and photometric: 0 none, 1 the reference's ranges
+strength_scratch = (0.75, 0.5)  # the same with pretrained = False, where full ranges cost too much time (see the README)
 weight_decay = 2e-4         # Adam's L2
 clip = 5.0                  # largest gradient norm
 
@@ -88,6 +88,8 @@ text = (str, lambda v: bool(v), 'a text in quotes')
 rows_of_stages = (list, lambda v: v and all(
     len(row) == 3 and isinstance(row[0], int) and isinstance(row[1], bool) and 0 < row[2] < 1 for row in v),
     'a list of (min_num_class, freeze, lr)')
+two_strengths = (tuple, lambda v: len(v) == 2 and all(isinstance(s, (int, float)) and 0 <= s <= 2 for s in v),
+                 'two numbers between 0 and 2')
 RULES = dict(
     model_name=text, freeze=flag, min_num_class=count, lr=(float, lambda v: 0 < v < 1, 'a number between 0 and 1'),
     checkPoint_start=((int, str), lambda v: v != '', "0, an iteration, 'best', 'last' or a path"),
@@ -98,8 +100,7 @@ RULES = dict(
     width=(int, lambda v: v >= 32, 'at least 32 pixels'), cache_dir=text, pretrained=flag,
     w_sigmoid=weight, w_triplet=weight, w_local=weight, margin=weight, hardest=positive_int,
     batch_size=(int, lambda v: v >= 8 and v % 4 == 0, 'a multiple of 4, at least 8'), images_per_id=count,
-    strength=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'),
-    strength_scratch=(float, lambda v: 0 <= v <= 2, 'a number between 0 and 2'), weight_decay=weight,
+    strength=two_strengths, strength_scratch=two_strengths, weight_decay=weight,
     clip=(float, lambda v: v > 0, 'a number above 0'), max_iters=positive_int, eval_every=positive_int,
     patience=positive_int, max_minutes=weight,
     seed=(int, lambda v: 0 <= v < 10 ** 6, 'a whole number, 0 to 999999'), device=text, threads=count, workers=count,

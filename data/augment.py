@@ -15,6 +15,7 @@ SCALE = 0.10                 # 0.9 .. 1.1
 SHEAR = 0.10                 # either way
 PERSPECTIVE = 0.10           # how much nearer one edge may be than the other, in half widths
 JITTER = 0.03                # of the box's sides, each side for itself
+NOISE = 0.05                 # largest sigma, of pixels 0..1; the reference's 0.1 drowns the detail of small inputs
 GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
 
 
@@ -92,7 +93,7 @@ def photometric(images, strength=1.0):
     rgb = torch.where(_maybe(batch, device).bool().view(-1, 1, 1, 1), grey, rgb)
     blurred = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode='replicate'), 3, 1)
     rgb = torch.lerp(rgb, blurred, (torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1) * strength)
-    sigma = (0.1 * strength * torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1)
+    sigma = (NOISE * strength * torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1)
     speckle = _maybe(batch, device).view(-1, 1, 1, 1)  # noise that grows with the light, or the same everywhere
     noise = torch.randn(batch, 1, height, width, device=device) * sigma  # on lightness: the same for R, G and B
     rgb = rgb + noise * (1 - speckle + speckle * rgb)
@@ -106,10 +107,11 @@ def photometric(images, strength=1.0):
     return torch.cat([rgb, mask * _maybe(batch, device).view(-1, 1, 1, 1)], 1)
 
 
-def augment(crops, masks, flips, height, width, margin, strength=1.0):
-    """A training batch: random_transform, to_input, photometric. Shapes as there; strength 0 leaves only the flip."""
-    images = to_input(crops, masks, height, width, margin, random_transform(flips, height, width, strength))
-    return photometric(images, strength) if strength else images
+def augment(crops, masks, flips, height, width, margin, strength=(1.0, 1.0)):
+    """A training batch: random_transform, to_input, photometric. Shapes as there; strength (0, 0) leaves only the flip."""
+    geometric, light = strength
+    images = to_input(crops, masks, height, width, margin, random_transform(flips, height, width, geometric))
+    return photometric(images, light) if light else images
 
 
 def _maybe(batch, device):

@@ -54,6 +54,7 @@ class BatchSampler:
             turn = np.arange(self.images_per_id)[None, :] % self.counts[anchors, None]  # (P, K)
             offsets = np.take_along_axis(offsets, turn, 1).ravel()  # (P * K,)
             flips = np.repeat(rng.integers(2, size=len(anchors)), self.images_per_id)
+            item = np.repeat(np.arange(len(anchors)), self.images_per_id)
         else:
             others = rng.integers(len(self.ids) - 1, size=len(anchors)) if len(self.ids) > 1 else anchors * 0
             others += (others >= anchors) & (len(self.ids) > 1)  # any id but the anchor's, without a set difference
@@ -64,10 +65,14 @@ class BatchSampler:
             offsets = np.concatenate([offset, positive, rng.integers(self.counts[others])])
             pair, other = rng.integers(2, size=(2, len(anchors)))
             flips = np.concatenate([pair, pair, other])
+            item = np.tile(np.arange(len(anchors)), 3)
         rows = self.rows[self.first[ids] + offsets]
         fill = self.batch_size - len(rows)  # new_whale images; more ids where a data set has no new_whale
         more = rng.choice(self.new_whales if self.strangers else self.rows, size=fill, replace=fill > len(self.new_whales))
-        return np.stack([np.concatenate([rows, more]), np.concatenate([flips, rng.integers(2, size=fill)])], 1)
+        # item after item, each with its share of new_whale, so that equal parts of a batch are small batches of its kind
+        place = np.concatenate([(item + 0.5) / len(anchors), (np.arange(fill) + 0.5) / max(fill, 1)])
+        batch = np.stack([np.concatenate([rows, more]), np.concatenate([flips, rng.integers(2, size=fill)])], 1)
+        return batch[place.argsort(kind='stable')]
 
     def _anchors(self, iteration):
         """The ids whose turn it is: places iteration * P ... in an endless chain of shuffled lists of all ids."""

@@ -34,8 +34,9 @@ class WhaleNet(nn.Module):
     def forward(self, images, local=True):
         rgb = (images[:, :3] - self.mean) / self.std
         features = self.backbone(torch.cat([rgb, images[:, 3:]], 1))  # (B, C, h, w)
-        embedding = F.normalize(self.neck(features.mean((2, 3))).float())  # (B, C)
-        logits = LOGIT_SCALE * self.head(embedding).float()  # (B, 2N)
+        with torch.autocast(images.device.type, enabled=False):  # bf16 has 8 bits: thousands of logits would tie
+            embedding = F.normalize(self.neck(features.float().mean((2, 3))))  # (B, C)
+            logits = LOGIT_SCALE * self.head(embedding)  # (B, 2N)
         if not local:
             return embedding, logits, None
         strips = F.normalize(self.local(features).mean(3).float(), dim=1).transpose(1, 2)  # (B, h, 512)

@@ -31,7 +31,7 @@ def test_plain_input_is_the_box_without_its_surroundings():
 
 def test_flip_is_a_mirror_and_nothing_else():
     crop, mask = gradient_crop(2)
-    images = augment(crop, mask, torch.tensor([0, 1]), H, W, MARGIN, strength=0)
+    images = augment(crop, mask, torch.tensor([0, 1]), H, W, MARGIN, strength=(0, 0))
     assert torch.allclose(images[0], images[1].flip(2), atol=1e-5)
     assert images[0, 0, 0, 0] < images[1, 0, 0, 0]
 
