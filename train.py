@@ -2,6 +2,7 @@
 
 Each constant can also be given on the command line, e.g. python train.py --run first --lr 1e-4
 Results go to results/RUN: log.txt, curves.png, evaluations.csv, best.pth, last.pth. Stopped? Run the same command again.
+Several GPUs: torchrun --nproc_per_node=8 train.py; each has its share of batch_size.
 """
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
@@ -10,26 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.augment import augment, flip_labels
-from data.decode import check_images
-from data.images import MARGIN, Crops
+from data.images import MARGIN
 from data.sampler import BatchSampler
-from data.tables import NEW_WHALE, load_tables, training_rows, validation_fold
+from data.training_set import TrainingSet
 from models.backbone import check_model_name, freeze_early, load_imagenet, train_mode
-from models.losses import joint_loss
 from models.whale_net import WhaleNet
-from utils import checkpoint
-from utils.constants import read_constants, write_constants
-from utils.device import amp_dtype, choose_device
+from utils import checkpoint, ranks
+from utils.constants import SHARED_RULES, one_of, read_constants, rule, write_constants
+from utils.device import amp_dtype, choose_device, compile_network
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_curves
 from utils.files import write_whole
-from utils.interrupt import Interrupt, ignore_interrupt
+from utils.interrupt import Interrupt
+from utils.learn import learn, out_of_memory
 from utils.log import HEADER, duration, format_row, progress_bar, write_log
-from utils.metrics import average_precision, choose_threshold, rank_of_truth, top_k
+from utils.metrics import choose_threshold, rank_of_truth, top_k
 from utils.scores import predict
 from utils.steps import fresh, plan
 
@@ -53,6 +53,7 @@ skip_bad_images = False     # True: go on without images that cannot be read
 height = 256                # of the network's input, pixels
 width = 512                 # 2:1, as flukes are
 cache_dir = 'results/cache'  # decoded crops: 13 GB for the competition's training set at 256x512
+cache = 'auto'              # where they are read from: 'device', 'memory', 'disk', 'none' (decode anew), 'auto': what fits
 pretrained = True           # ImageNet weights (a file in weights/, else downloaded); False: random weights
 
 # Loss and batch
@@ -62,6 +63,8 @@ w_local = 1.0               # weight of the triplet loss on the aligned strips; 
 margin = 0.3                # of both triplet losses
 hardest = 30                # classifiers of each image that teach: those most wrong
 batch_size = 48             # images: 12 x (anchor, positive, another id, new_whale)
+grad_accumulation = 1       # parts a batch is computed in, one after another: less memory, the same gradients but for
+                            # batch norm's statistics and triplets, which each part has of its own
 images_per_id = 0           # 0: the items above; K: P ids x K images, and a quarter new_whale
 strength = (1.0, 1.0)       # of the augmentation, geometric and photometric: 0 none, 1 the reference's ranges
 strength_scratch = (0.75, 0.5)  # the same with pretrained = False, where full ranges cost too much time (see the README)
@@ -76,36 +79,30 @@ max_minutes = 0.0           # of wall clock for the whole training; 0: no limit
 seed = 0                    # same seed, same machine: same weights
 device = 'auto'             # 'auto', 'cuda', 'cuda:1', 'cpu'
 threads = 0                 # CPU threads; 0: all cores
-workers = 0                 # processes that read crops, on Linux; 0: the training process itself
 precision = 'auto'          # 'auto': bf16 where the hardware has it; 'bf16', 'fp32'
+compile = 'auto'            # torch.compile: 'auto' on a GPU; 'yes', 'no'
 # ----------------------------------------------------------------------------------------------------------------------
 
-positive_int = (int, lambda v: v > 0, 'a whole number above 0')
-count = (int, lambda v: v >= 0, 'a whole number, 0 or more')
-weight = (float, lambda v: v >= 0, 'a number, 0 or more')
-flag = (bool, lambda v: True, 'True or False')
-text = (str, lambda v: bool(v), 'a text in quotes')
-rows_of_stages = (list, lambda v: v and all(
-    len(row) == 3 and isinstance(row[0], int) and isinstance(row[1], bool) and 0 < row[2] < 1 for row in v),
-    'a list of (min_num_class, freeze, lr)')
-two_strengths = (tuple, lambda v: len(v) == 2 and all(isinstance(s, (int, float)) and 0 <= s <= 2 for s in v),
-                 'two numbers between 0 and 2')
-RULES = dict(
-    model_name=text, freeze=flag, min_num_class=count, lr=(float, lambda v: 0 < v < 1, 'a number between 0 and 1'),
-    checkPoint_start=((int, str), lambda v: v != '', "0, an iteration, 'best', 'last' or a path"),
-    stages=(str, lambda v: v in ('one', 'all'), "'one' or 'all'"), schedule=rows_of_stages, schedule_scratch=rows_of_stages,
-    stage_share=(tuple, lambda v: all(isinstance(s, (int, float)) and s > 0 for s in v), 'a positive number for each stage'),
-    data_dir=text, run=text, fold=(int, lambda v: v in range(5), '0, 1, 2, 3 or 4'), flip_is_new_id=flag,
-    skip_bad_images=flag, height=(int, lambda v: v >= 32, 'at least 32 pixels'),
-    width=(int, lambda v: v >= 32, 'at least 32 pixels'), cache_dir=text, pretrained=flag,
-    w_sigmoid=weight, w_triplet=weight, w_local=weight, margin=weight, hardest=positive_int,
-    batch_size=(int, lambda v: v >= 8 and v % 4 == 0, 'a multiple of 4, at least 8'), images_per_id=count,
-    strength=two_strengths, strength_scratch=two_strengths, weight_decay=weight,
-    clip=(float, lambda v: v > 0, 'a number above 0'), max_iters=positive_int, eval_every=positive_int,
-    patience=positive_int, max_minutes=weight,
-    seed=(int, lambda v: 0 <= v < 10 ** 6, 'a whole number, 0 to 999999'), device=text, threads=count, workers=count,
-    precision=(str, lambda v: v in ('auto', 'bf16', 'fp32'), "'auto', 'bf16' or 'fp32'"))
-
+RULES = {
+    **SHARED_RULES, **one_of('stages', 'one', 'all'), **rule('model_name', str, bool, 'a text in quotes'),
+    **rule('freeze flip_is_new_id pretrained', bool, lambda v: True, 'True or False'),
+    **rule('min_num_class images_per_id', int, lambda v: v >= 0, 'a whole number, 0 or more'),
+    **rule('hardest grad_accumulation max_iters eval_every patience', int, lambda v: v > 0, 'a whole number above 0'),
+    **rule('w_sigmoid w_triplet w_local margin weight_decay max_minutes', float, lambda v: v >= 0, 'a number, 0 or more'),
+    **rule('lr', float, lambda v: 0 < v < 1, 'a number between 0 and 1'),
+    **rule('clip', float, lambda v: v > 0, 'a number above 0'),
+    **rule('checkPoint_start', (int, str), lambda v: v != '', "0, an iteration, 'best', 'last' or a path"),
+    **rule('schedule schedule_scratch', list, lambda v: v and all(
+        len(row) == 3 and isinstance(row[0], int) and isinstance(row[1], bool) and 0 < row[2] < 1 for row in v),
+        'a list of (min_num_class, freeze, lr)'),
+    **rule('stage_share', tuple, lambda v: all(isinstance(s, (int, float)) and s > 0 for s in v),
+           'a positive number for each stage'),
+    **rule('strength strength_scratch', tuple, lambda v: len(v) == 2 and all(
+        isinstance(s, (int, float)) and 0 <= s <= 2 for s in v), 'two numbers between 0 and 2'),
+    **rule('fold', int, lambda v: v in range(5), '0, 1, 2, 3 or 4'),
+    **rule('height width', int, lambda v: v >= 32, 'at least 32 pixels'),
+    **rule('batch_size', int, lambda v: v >= 8 and v % 4 == 0, 'a multiple of 4, at least 8'),
+    **rule('seed', int, lambda v: 0 <= v < 10 ** 6, 'a whole number, 0 to 999999')}
 NEVER = 10 ** 9  # later than any iteration
 
 
@@ -121,65 +118,40 @@ def main(argv):
     if c.images_per_id > c.batch_size * 3 // 4:
         raise UserError(f'images_per_id = {c.images_per_id} is more than three quarters of batch_size = {c.batch_size}: '
                         'lower it')
-    c.device = choose_device(c.device, c.threads)
+    c.device = ranks.start(choose_device(c.device, c.threads))
+    part = c.batch_size // (c.grad_accumulation * ranks.world())
+    if part < 8 or part * c.grad_accumulation * ranks.world() != c.batch_size or part % 4:
+        raise UserError(f'batch_size = {c.batch_size} has no {c.grad_accumulation * ranks.world()} equal parts '
+                        '(grad_accumulation times processes) of 8, 12, 16 ... images')
     folder = Path('results') / c.run
     steps, state = plan(c, folder)
     if not steps:
         return
-    data = Data(c)
+    data = ranks.one_after_another(lambda: TrainingSet(c, {step['min_num_class'] for step in steps}))
     if state['model'] and state['ids'] != data.ids:
         raise UserError(f'{folder}/last.pth knows other ids than {c.data_dir}/train.csv; choose another run')
     if state['fold_images'] not in (None, data.fold_images):
         raise UserError(f'the validation fold of {folder} is no longer that of {c.data_dir}/train.csv: photographs were added, '
                         'removed or repaired, so learned ones would validate; choose another run')
+    if len(data.valid_rows) < ranks.world():
+        raise UserError(f'{ranks.world()} processes are more than the {len(data.valid_rows)} validation images; start fewer')
     if state['model'] is None:
         for note in data.notes:
             say(state, note)
+        if c.grad_accumulation > 1:
+            say(state, f'batches of {c.batch_size} in {c.grad_accumulation} parts of {part}: triplets and batch norm within each')
     clock = Clock(state['elapsed'], 0)
     for step in steps:
         clock.limit = 60 * c.max_minutes * step['share']
         if state['step'] != step['step']:
             state = fresh(state, step, state['elapsed'])
-        state = train_step(c, step, data, folder, state, clock)
+        try:
+            state = train_step(c, step, data, folder, state, clock)
+        except torch.OutOfMemoryError:
+            state = None  # told below, where nothing holds on to that memory any more
+        if state is None:
+            raise UserError(out_of_memory(c, data, part))
     print(f'finished: {folder}/best.pth; now python test.py --data_dir {c.data_dir} --run {c.run}')
-
-
-class Data:
-    """Everything that the training reads: tables, the fold, crops, labels. Built once, before any step."""
-
-    def __init__(self, c):
-        self.tables = check_images(load_tables(c.data_dir, c.flip_is_new_id), c.skip_bad_images)
-        train = self.tables.train.sort_values('Image', ignore_index=True)  # the CSV's order changes nothing
-        self.train, self.ids, self.num_ids = train, self.tables.ids, self.tables.num_ids
-        self.classes = self.num_ids * (2 if c.flip_is_new_id else 1)
-        self.labels = torch.from_numpy(train['label'].to_numpy().copy())  # (n,)
-        self.crops = Crops(train, c.height, c.width, c.cache_dir)
-        readable = self.crops.readable(c.skip_bad_images)
-        fold = validation_fold(train, c.fold)  # (n,) bool
-        self.valid = fold & readable
-        self.rows = {number: training_rows(train, fold, number) & readable for number in self._min_num_classes(c)}
-        fewest = min(rows.sum() for rows in self.rows.values())
-        if c.batch_size > fewest:
-            raise UserError(f'batch_size = {c.batch_size} is more than the {fewest} training images; lower it')
-        animal = np.arange(self.num_ids) if self.tables.group is None else self.tables.group
-        both = np.concatenate([animal, animal + self.num_ids])[:self.classes]  # a mirror image is another animal
-        self.group = torch.tensor([*both, 2 * self.num_ids + 1])  # (classes + 1,)
-        self.valid_rows = np.flatnonzero(self.valid)
-        self.fold_images = train['Image'].iloc[self.valid_rows].tolist()
-        self.valid_truth = self.labels[self.valid_rows].clamp(max=self.num_ids)  # (Q,) N: new_whale
-        named = self.labels[self.valid_rows] < self.classes
-        self.notes = [f'{len(train)} training images, {self.num_ids} ids, {self.classes} classes; '
-                      f'fold {c.fold}: {named.sum()} ids + {(~named).sum()} {NEW_WHALE}', *self.tables.notes]
-
-    def _min_num_classes(self, c):
-        if c.stages == 'one':
-            return {c.min_num_class}
-        return {row[0] for row in (c.schedule if c.pretrained else c.schedule_scratch)}
-
-    def __getitems__(self, batch):
-        """A list of (row, flip) -> raw crops, masks, labels, flips of the whole batch."""
-        rows, flips = np.array(batch).T
-        return *self.crops[rows], self.labels[rows], torch.from_numpy(flips)
 
 
 def build(c, step, data, folder, state):
@@ -195,9 +167,11 @@ def build(c, step, data, folder, state):
             raise UserError(f'{path} knows other ids than {c.data_dir}/train.csv; train from checkPoint_start = 0')
         checkpoint.fill(net, loaded, path)
     elif c.pretrained:
-        load_imagenet(net.backbone, c.model_name)
+        ranks.one_after_another(lambda: load_imagenet(net.backbone, c.model_name))
     if step['freeze']:
         freeze_early(net.backbone)
+    if ranks.world() > 1 and 'cuda' in c.device:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(c.device, memory_format=torch.channels_last)
 
 
@@ -206,15 +180,17 @@ def train_step(c, step, data, folder, state, clock):
     net = build(c, step, data, folder, state)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=step['lr'], betas=(0.9, 0.99),
                                  weight_decay=c.weight_decay, fused=True)
+    if not c.w_local:
+        net.local.requires_grad_(False)  # it gets no gradient, which other processes would wait for
+    why_not = compile_network(net, c.compile, c.device)
+    model = DistributedDataParallel(net) if ranks.world() > 1 else net  # the same weights; it averages the gradients
     if state['model']:
         optimizer.load_state_dict(state['optimizer'])
-    write_constants(c, folder / 'constants.txt')  # the first thing written: all that can be refused has been by now
+    if ranks.rank() == 0:
+        write_constants(c, folder / 'constants.txt')  # the first thing written: all that can be refused has been by now
     rows = data.rows[step['min_num_class']]
     sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes, c.images_per_id,
-                           c.seed + 1000 * step['step'], state['iteration'])
-    batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=c.workers, collate_fn=lambda batch: batch,
-                              pin_memory='cuda' in c.device, worker_init_fn=ignore_interrupt,
-                              multiprocessing_context='fork' if c.workers else None))
+                           c.seed + 1000 * step['step'])
     strength = c.strength if c.pretrained else c.strength_scratch
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
     sums = torch.zeros(9, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
@@ -224,6 +200,8 @@ def train_step(c, step, data, folder, state, clock):
         say(state, f'step {step["step"]}: min_num_class {step["min_num_class"]} ({len(sampler.ids)} ids, '
                    f'{sampler.iterations_per_pass} iterations a pass), freeze {step["freeze"]}, lr {step["lr"]:g}, '
                    f'checkPoint_start {step["checkPoint_start"]}')
+        if why_not:
+            say(state, f'not compiled: {why_not}')
         say(state, HEADER)
 
     def snapshot(finished=False):
@@ -237,34 +215,28 @@ def train_step(c, step, data, folder, state, clock):
     total = None if c.max_minutes else c.max_iters
     bar = progress_bar(total=total, initial=state['iteration'], desc=f'step {step["step"]}', unit='it')
     with Interrupt() as interrupt, bar:
-        while not state['finished'] and not interrupt.asked:
-            crops, masks, labels, flips = (part.to(c.device, non_blocking=True) for part in next(batches))
-            torch.manual_seed((100 * c.seed + step['step']) * 10 ** 8 + state['iteration'])  # resumes without stored states
+        while not state['finished'] and not ranks.any_of(interrupt.asked):
+            batch = data.batch(ranks.share(sampler.batch(state['iteration'])), pin='cuda' in c.device)
+            crops, masks, labels, flips = (part.to(c.device, non_blocking=True) for part in batch)
+            # resumes without stored states; each process has random numbers of its own
+            torch.manual_seed((100 * c.seed + step['step']) * 10 ** 8 + state['iteration'] + 10 ** 15 * ranks.rank())
             images = augment(crops, masks, flips, c.height, c.width, MARGIN, strength)  # (B, 4, H, W)
             labels = flip_labels(labels, flips, data.num_ids, c.flip_is_new_id)  # (B,)
-            with torch.autocast(torch.device(c.device).type, amp, enabled=amp is not None):
-                outputs = net(images.contiguous(memory_format=torch.channels_last), local=c.w_local > 0)
-            loss, parts = joint_loss(outputs, labels, group, c.w_sigmoid, c.w_triplet, c.w_local, c.margin, c.hardest)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), c.clip)
-            optimizer.step()
-            bad = torch.where(torch.isfinite(loss), bad, bad.clamp(max=state['iteration']))
-            with torch.no_grad():
-                ranks = rank_of_truth(outputs[1].sigmoid(), labels, state['threshold'])  # (B,)
-                sums += torch.stack([loss.detach(), *parts, average_precision(ranks).mean(), top_k(ranks, 1), top_k(ranks, 5),
-                                     torch.ones_like(loss)]).float()
+            measured = learn(c, model, optimizer, images, labels, group, amp, state['threshold'])  # (9,)
+            sums += measured
+            bad = torch.where(torch.isfinite(measured[0]), bad, bad.clamp(max=state['iteration']))
             state['iteration'] += 1
             bar.update()
-            out_of_time = clock.over()
+            out_of_time = ranks.any_of(clock.over())
             evaluate_now = state['iteration'] % c.eval_every == 0 or state['iteration'] >= c.max_iters or out_of_time
             if state['iteration'] % 20 == 0 or evaluate_now:  # the only places that wait for the device
                 mean = (sums / sums[-1]).tolist()
                 left = f', {duration(60 * c.max_minutes - clock.elapsed())} left' if c.max_minutes else ''
                 bar.set_postfix_str(f'loss {mean[0]:.3f}, MAP@5 {mean[5]:.3f}{left}')
-                refuse_bad_loss(int(bad), data, sampler, folder)
+                refuse_bad_loss(bad, data, sampler, folder)
             if evaluate_now:
                 began = clock.elapsed()
+                ranks.total(sums).div_(ranks.world())
                 row = evaluate(c, step, data, net, amp, state, sums, sampler)
                 row.update(zip(('img_s', 'left', 'seconds'), pace(c, step, state, began, sums[-1].item())))
                 state['evaluations'] = state['evaluations'] + [row]
@@ -273,35 +245,48 @@ def train_step(c, step, data, folder, state, clock):
                 state['mark'] = clock.elapsed()
                 state['finished'] = out_of_time or state['iteration'] >= c.max_iters or \
                     state['since_best'] >= c.patience or (step['min_num_class'] > 0 and row['train_map5'] >= 0.98)
-                state['kept'] = checkpoint.keep_best(folder, step['step'], state['iteration'], row['valid_map5'],
-                                                     state['kept'], snapshot(state['finished']))
-                checkpoint.save(folder / 'last.pth', snapshot(state['finished']))
-                write_log(folder, state['log'], state['evaluations'])
-                plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
+                if ranks.rank() == 0:
+                    state['kept'] = checkpoint.keep_best(folder, step['step'], state['iteration'], row['valid_map5'],
+                                                         state['kept'], snapshot(state['finished']))
+                    save(folder, snapshot(state['finished']))
+                    plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
+                ranks.any_of(False)  # the next step reads what the first process has written by now
                 clock.measure(began)
                 train_mode(net)
-    if interrupt.asked and not state['finished']:
-        refuse_bad_loss(int(bad), data, sampler, folder)
-        checkpoint.save(folder / 'last.pth', snapshot())
-        write_log(folder, state['log'], state['evaluations'])
-    if interrupt.asked and not (state['finished'] and step['last']):
+        stopped = ranks.any_of(interrupt.asked)
+        if stopped and not state['finished']:
+            refuse_bad_loss(bad, data, sampler, folder)
+            ranks.total(sums).div_(ranks.world())
+            if ranks.rank() == 0:
+                save(folder, snapshot())
+            ranks.any_of(False)  # torchrun ends all processes when one has gone
+    if stopped and not (state['finished'] and step['last']):
         print(f'stopped at iteration {state["iteration"]}; the same command goes on from there', file=sys.stderr)
         sys.exit(130)
     return state
 
 
+def save(folder, state):
+    """last.pth, and the log as it holds it."""
+    checkpoint.save(folder / 'last.pth', state)
+    write_log(folder, state['log'], state['evaluations'])
+
+
 def evaluate(c, step, data, net, amp, state, sums, sampler):
     """Score the validation fold (image and mirror) and choose the threshold there; one row of the log, times apart."""
-    scores, _ = predict(net, data.crops, data.valid_rows, c.height, c.width, data.num_ids, c.flip_is_new_id,
-                        device=c.device, amp=amp)  # (Q, N)
+    for buffer in net.buffers() if ranks.world() > 1 else ():
+        torch.distributed.broadcast(buffer, 0)  # without a GPU batch norm's statistics differ between processes
+    rows = np.array_split(data.valid_rows, ranks.world())[ranks.rank()]
+    scores, _ = predict(net, data.crops, rows, c.height, c.width, data.num_ids, c.flip_is_new_id, device=c.device, amp=amp)
+    scores = ranks.gather_uneven(scores)  # (Q, N)
     state['threshold'], valid_map5 = choose_threshold(scores, data.valid_truth)
-    ranks = rank_of_truth(scores, data.valid_truth, state['threshold'])
+    places = rank_of_truth(scores, data.valid_truth, state['threshold'])
     state['since_best'] = 0 if valid_map5 > state['best'] else state['since_best'] + 1
     state['best'] = max(valid_map5, state['best'])
     mean = (sums / sums[-1]).tolist()
     names = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')
     return dict(step=step['step'], iteration=state['iteration'], epoch=state['iteration'] / sampler.iterations_per_pass,
-                lr=step['lr'], **dict(zip(names, mean)), valid_top1=top_k(ranks, 1).item(), valid_top5=top_k(ranks, 5).item(),
+                lr=step['lr'], **dict(zip(names, mean)), valid_top1=top_k(places, 1).item(), valid_top5=top_k(places, 5).item(),
                 valid_map5=valid_map5, threshold=state['threshold'])
 
 
@@ -315,8 +300,9 @@ def pace(c, step, state, seconds, iterations):
     return c.batch_size / each, duration(max(left, 0)), seconds
 
 
-def refuse_bad_loss(iteration, data, sampler, folder):
+def refuse_bad_loss(bad, data, sampler, folder):
     """If a loss was not finite, name the images of its batch and stop, before the weights reach a checkpoint."""
+    iteration = int(ranks.total(bad, torch.distributed.ReduceOp.MIN))
     if iteration == NEVER:
         return
     path = folder / f'not_finite_{iteration:06d}.txt'

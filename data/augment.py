@@ -16,7 +16,7 @@ SHEAR = 0.10                 # either way
 PERSPECTIVE = 0.10           # how much nearer one edge may be than the other, in half widths
 JITTER = 0.03                # of the box's sides, each side for itself
 NOISE = 0.05                 # largest sigma, of pixels 0..1; the reference's 0.1 drowns the detail of small inputs
-GREY = torch.tensor([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
+GREY = (0.299, 0.587, 0.114)  # luma, ITU-R BT.601
 
 
 def flip_labels(labels, flips, num_ids, flip_is_new_id):
@@ -27,15 +27,21 @@ def flip_labels(labels, flips, num_ids, flip_is_new_id):
     return torch.where(flips.bool() & (labels < 2 * num_ids), mirrored, labels)
 
 
+def unpack(masks):
+    """Mask bits, 8 pixels a byte as numpy.packbits writes them: (B, h, w / 8) uint8 -> (B, h, w) uint8 0/1."""
+    bits = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)
+    return (masks[..., None] >> bits & 1).flatten(2)
+
+
 def to_input(crops, masks, height, width, margin, transform=None):
     """Raw crops -> network input, in one resampling.
 
     crops (B, h, w, 3) uint8 show the box and `margin` (a share of its sides) of surroundings on every side;
-    masks (B, h, w) uint8 0/1; transform (B, 3, 3) maps output to input coordinates, both -1..1 over the box
+    masks (B, h, w / 8) uint8, packed; transform (B, 3, 3) maps output to input coordinates, both -1..1 over the box
     (default: the box itself). Returns (B, 4, height, width) float: RGB 0..1 and the mask.
     """
     batch, device = len(crops), crops.device
-    image = torch.cat([crops, masks[..., None] * 255], 3).permute(0, 3, 1, 2).float() / 255  # (B, 4, h, w)
+    image = torch.cat([crops, unpack(masks)[..., None] * 255], 3).permute(0, 3, 1, 2).float() / 255  # (B, 4, h, w)
     if transform is None:
         transform = torch.eye(3, device=device).expand(batch, 3, 3)
     y = (torch.arange(height, device=device) + 0.5) * 2 / height - 1
@@ -89,7 +95,7 @@ def photometric(images, strength=1.0):
 
     mean = rgb.mean((1, 2, 3), keepdim=True)
     rgb = (((rgb - mean) * factor(0.4) + mean) * factor(0.3)).clamp(1e-3, 1) ** factor(0.4)
-    grey = (rgb * GREY.to(device).view(1, 3, 1, 1)).sum(1, keepdim=True)  # (B, 1, H, W)
+    grey = sum(share * rgb[:, k:k + 1] for k, share in enumerate(GREY))  # (B, 1, H, W)
     rgb = torch.where(_maybe(batch, device).bool().view(-1, 1, 1, 1), grey, rgb)
     blurred = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode='replicate'), 3, 1)
     rgb = torch.lerp(rgb, blurred, (torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1) * strength)

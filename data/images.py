@@ -48,18 +48,44 @@ def raw_size(height, width):
     return round(height * (1 + 2 * MARGIN)), 8 * round(width * (1 + 2 * MARGIN) / 8)
 
 
+def choose_cache(size, folder, device):
+    """Where `size` bytes of crops fit: 'none' when not even `folder` has room for them, 'device' in a third of a GPU's
+    free memory, 'memory' in a half of the machine's beside a GPU, else 'disk', which spare memory keeps anyway."""
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not folder.exists() and size > shutil.disk_usage(parent).free:
+        return 'none'
+    if 'cuda' not in device:
+        return 'disk'
+    if size < torch.cuda.mem_get_info(device)[0] / 3:
+        return 'device'
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return 'memory' if size < memory / 2 else 'disk'
+
+
 class Crops:
     """The raw crops of a table's images: decoded once, in parallel, into one file; a killed build goes on where it was.
 
-    `crops[rows]` -> crops (B, h, w, 3) uint8 and masks (B, h, w) uint8 0/1, tensors. Rows marked `bad` are black.
-    The file is keyed by everything that went into it: names, sizes and times of the files, boxes, masks, crop size.
+    `crops[rows]` -> crops (B, h, w, 3) uint8 and masks (B, h, w / 8) uint8, 8 pixels a byte (data.augment.unpack), tensors.
+    Rows marked `bad` are black. The file is keyed by everything that went into it: names, sizes and times of the files,
+    boxes, masks, crop size. `cache` says where it is read from: 'disk', 'memory' or 'device' (the accelerator's memory);
+    'none': no file, each image is decoded when it is asked for; 'auto': see `choose_cache`.
     """
 
-    def __init__(self, frame, height, width, cache_dir, workers=None):
+    def __init__(self, frame, height, width, cache_dir, workers=None, cache='disk', device='cpu'):
         self.height, self.width = raw_size(height, width)
-        self.count = len(frame)
+        self.count, self.skip_bad_images = len(frame), False
+        self.boxes = frame[['x0', 'y0', 'x1', 'y1']].to_numpy(float)
+        self.files = [frame[name].tolist() for name in ('path', 'mask_path', 'mask_rle')]
+        self.bad = frame['bad'].to_numpy(bool) if 'bad' in frame else np.zeros(len(frame), bool)
         self.failed = {}  # row -> why its file, whose header was sound, could not be decoded; such rows are black
+        self.workers = workers or os.cpu_count()
+        self.bytes = self.count * self.height * self.width * 3 + self.count * self.height * self.width // 8
         folder = Path(cache_dir) / self._key(frame)
+        self.cache = choose_cache(self.bytes, folder, device) if cache == 'auto' else cache
+        if self.cache == 'none':
+            return
+        if self.cache == 'device' and 'cuda' in device and self.bytes > torch.cuda.mem_get_info(device)[0]:
+            raise UserError(f"the {self.bytes / 1e9:.1f} GB of crops do not fit on {device}: set cache = 'memory' or 'disk'")
         folder.mkdir(parents=True, exist_ok=True)
         self.pixels, new_pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
         self.masks, new_masks = self._open(folder / 'masks.u8', (self.count, self.height, self.width // 8))
@@ -68,13 +94,20 @@ class Crops:
             done[:] = 0
         todo = np.flatnonzero(done == 0)
         if len(todo):
-            self._build(frame, todo, done, workers or os.cpu_count())
+            self._build(todo, done)
+        if self.cache != 'disk':
+            self.pixels, self.masks = (torch.from_numpy(np.array(part)).to(device if self.cache == 'device' else 'cpu')
+                                       for part in (self.pixels, self.masks))
 
     def __len__(self):
         return self.count
 
+    def __str__(self):
+        return f"{self.count} crops of {self.height}x{self.width}, {self.bytes / 1e9:.1f} GB, cache = '{self.cache}'"
+
     def readable(self, skip_bad_images):
         """Which rows have pixels: (count,) bool. UserError that lists the others, unless `skip_bad_images`."""
+        self.skip_bad_images = skip_bad_images
         if self.failed and not skip_bad_images:
             raise UserError(f'{len(self.failed)} images could not be decoded: {"; ".join(list(self.failed.values())[:10])}. '
                             'Or set skip_bad_images = True to go on without them')
@@ -84,27 +117,38 @@ class Crops:
 
     def __getitem__(self, rows):
         rows = np.asarray(rows)
-        masks = np.unpackbits(self.masks[rows], axis=-1)  # (B, h, w)
-        return torch.from_numpy(self.pixels[rows]), torch.from_numpy(masks)
+        if self.cache == 'none':
+            with ThreadPoolExecutor(self.workers) as pool:
+                crops, masks, errors = zip(*pool.map(self._decode, rows.tolist()))
+            self.failed.update({row: error for row, error in zip(rows.tolist(), errors) if error})
+            self.readable(self.skip_bad_images)
+            return torch.from_numpy(np.stack(crops)), torch.from_numpy(np.stack(masks))
+        if self.cache == 'disk':
+            return torch.from_numpy(self.pixels[rows]), torch.from_numpy(self.masks[rows])
+        rows = torch.from_numpy(rows)
+        if self.pixels.is_cuda:
+            rows = rows.pin_memory().to(self.pixels.device, non_blocking=True)  # no waiting for the step before
+        return self.pixels[rows], self.masks[rows]
 
-    def _build(self, frame, todo, done, workers):
-        boxes = frame[['x0', 'y0', 'x1', 'y1']].to_numpy(float)
-        paths, mask_paths, mask_rles = (frame[name].tolist() for name in ('path', 'mask_path', 'mask_rle'))
-        bad = frame['bad'].to_numpy() if 'bad' in frame else np.zeros(len(frame), bool)
+    def _decode(self, row):
+        """Crop, packed mask, and None or why there is none (a black crop)."""
+        error = None
+        try:
+            if not self.bad[row]:
+                image = read_image(self.files[0][row])
+                mask = read_mask(self.files[1][row], self.files[2][row], image.shape[:2])
+                crop, mask = cut_crop(image, mask, self.boxes[row], self.height, self.width)
+                return crop, np.packbits(mask, axis=-1), None
+        except UserError as caught:
+            error = str(caught)
+        return np.zeros((self.height, self.width, 3), np.uint8), np.zeros((self.height, self.width // 8), np.uint8), error
 
+    def _build(self, todo, done):
         def one(row):
-            if bad[row]:
-                return row, None
-            try:
-                image = read_image(paths[row])
-                mask = read_mask(mask_paths[row], mask_rles[row], image.shape[:2])
-            except UserError as error:
-                return row, str(error)
-            crop, mask = cut_crop(image, mask, boxes[row], self.height, self.width)
-            self.pixels[row], self.masks[row] = crop, np.packbits(mask, axis=-1)
-            return row, None
+            self.pixels[row], self.masks[row], error = self._decode(row)
+            return row, error
 
-        with ThreadPoolExecutor(workers) as pool:  # OpenCV leaves the interpreter's lock while it decodes
+        with ThreadPoolExecutor(self.workers) as pool:  # OpenCV leaves the interpreter's lock while it decodes
             bar = progress_bar(pool.map(one, todo), total=len(todo), desc='crops', unit='img', disable=len(todo) < 500)
             for number, (row, error) in enumerate(bar, 1):
                 done[row] = error is None

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class BatchSampler:
-    """Yields, from `start` on and without end, arrays of (row, flip) pairs: (batch_size, 2) int64.
+    """`batch(iteration)` gives an array of (row, flip) pairs: (batch_size, 2) int64.
 
     images_per_id = 0, the reference's batch: items of four images: anchor, positive (same id, another photograph when
     there is one), an image of another id, a new_whale. Anchors walk through a shuffled list of all ids, so each id has
@@ -18,7 +18,7 @@ class BatchSampler:
     image alone it would break most of the few positive pairs that a batch has.
     """
 
-    def __init__(self, labels, batch_size, new_whale, images_per_id=0, seed=0, start=0):
+    def __init__(self, labels, batch_size, new_whale, images_per_id=0, seed=0):
         """labels (n,) int of the rows to draw from, -1 for rows left out; `new_whale` is the mark of rows without id."""
         labels = np.asarray(labels)
         rows = np.flatnonzero((labels >= 0) & (labels != new_whale))
@@ -26,7 +26,7 @@ class BatchSampler:
         self.ids, first, self.counts = np.unique(labels[rows], return_index=True, return_counts=True)
         self.rows, self.first = rows, first  # images of id i: rows[first[i] : first[i] + counts[i]]
         self.new_whales = np.flatnonzero(labels == new_whale)
-        self.batch_size, self.images_per_id, self.seed, self.start = batch_size, images_per_id, seed, start
+        self.batch_size, self.images_per_id, self.seed = batch_size, images_per_id, seed
         quarter = batch_size // 4
         self.strangers = quarter if len(self.new_whales) else 0
         self.anchors = max(1, (batch_size - self.strangers) // images_per_id) if images_per_id else quarter
@@ -34,12 +34,6 @@ class BatchSampler:
     @property
     def iterations_per_pass(self):
         return max(1, len(self.ids) // self.anchors)
-
-    def __iter__(self):
-        iteration = self.start
-        while True:
-            yield self.batch(iteration)
-            iteration += 1
 
     def batch(self, iteration):
         """The batch of one iteration: (batch_size, 2) int64, columns row and flip."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pretrainedmodels.models import senet
 from timm.models import group_parameters
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.errors import UserError
 
@@ -140,6 +141,16 @@ def widen_stem(model):
         if stem.bias is not None:
             wide.bias.copy_(stem.bias)
     setattr(parent, name, wide)
+
+
+def fold_batch_norms(backbone):
+    """Multiply each batch norm of a SENet into the convolution before it: the same output in eval mode, in less time."""
+    for parent in backbone.modules() if isinstance(backbone, SENetBackbone) else ():
+        children = list(parent.named_children())
+        for (name, convolution), (other, norm) in zip(children, children[1:]):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(convolution.eval(), norm.eval()))
+                setattr(parent, other, nn.Identity())
 
 
 def load_imagenet(backbone, model_name, weights_dir='weights'):

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 
-def sigmoid_ohem_loss(logits, labels, group, hardest=30):
+def sigmoid_ohem_loss(logits, labels, group, hardest=30, named_count=None):
     """Every class is its own yes/no question; only the `hardest` questions of each row teach.
 
     logits (B, 2N), labels (B,). With z = (1 - 2y) * logit: the mean softplus(z) over the min(hardest, 2N) largest z of
     each row, plus the mean softplus(-logit) of the true unit over the rows that have one. Softplus of the logit is the
-    cross-entropy of its sigmoid, exact however wrong the logit is.
+    cross-entropy of its sigmoid, exact however wrong the logit is. `named_count`, a scalar tensor, replaces the number of
+    rows with an id where these rows are a part of a batch: the whole batch's number by the number of its parts.
     """
     classes = logits.shape[1]
     named = labels < classes  # (B,)
@@ -22,7 +23,8 @@ def sigmoid_ohem_loss(logits, labels, group, hardest=30):
     z = torch.where(own, -logits, logits).masked_fill(twin, -torch.inf)  # (B, 2N)
     hard = F.softplus(z.topk(min(hardest, classes), dim=1).values).mean()
     positive = F.softplus(-logits.gather(1, true)[:, 0])  # (B,)
-    return hard + (positive * named).sum() / named.sum().clamp(min=1)
+    count = named.sum().clamp(min=1) if named_count is None else named_count
+    return hard + (positive * named).sum() / count
 
 
 def pair_masks(labels, group, classes):
@@ -70,37 +72,57 @@ def batch_hard_triplet_loss(embedding, labels, group, classes, margin=0.3):
     return hinge(euclidean(embedding, embedding[p]), euclidean(embedding, embedding[n]), valid, margin)
 
 
-def aligned_distance(a, b):
+def shortest_path(dots, a, b):
     """Length of the shortest path from (0, 0) to (S-1, S-1), down or right, over tanh(d / 2) between strips.
 
-    a (..., S, C) and b (..., S, C) -> (...). AlignedReID, arXiv:1711.08184. (e^d - 1) / (e^d + 1) is tanh(d / 2).
+    dots (S, S, ...) are the strips' inner products, a (S, 1, ...) and b (1, S, ...) their squared lengths -> (...).
+    AlignedReID, arXiv:1711.08184; its (e^d - 1) / (e^d + 1) is tanh(d / 2).
     """
-    strips = a.shape[-2]
-    squared = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
-    step = torch.tanh((squared.clamp(min=0) + 1e-12).sqrt() / 2)  # (..., S, S)
+    step = torch.tanh(((a + b - 2 * dots).clamp(min=0) + 1e-12).sqrt() / 2)  # (S, S, ...)
+    strips = len(step)
     path = {}
     for i in range(strips):
         for j in range(strips):
             before = [path[cell] for cell in ((i - 1, j), (i, j - 1)) if cell in path]
             least = torch.minimum(*before) if len(before) == 2 else (before[0] if before else 0)
-            path[i, j] = step[..., i, j] + least
+            path[i, j] = step[i, j] + least
     return path[strips - 1, strips - 1]
+
+
+def aligned_distance(a, b):
+    """The shortest path of each pair of rows: (P, S, C) and (P, S, C) -> (P,)."""
+    dots = torch.bmm(a, b.transpose(1, 2)).permute(1, 2, 0)  # (S, S, P)
+    return shortest_path(dots, a.square().sum(2).T[:, None], b.square().sum(2).T[None])
+
+
+def aligned_distances(strips):
+    """The shortest path of every row to every other: (B, S, C) -> (B, B), by one matrix product."""
+    rows, count, channels = strips.shape
+    flat = strips.reshape(-1, channels)  # (B * S, C)
+    dots = (flat @ flat.T).view(rows, count, rows, count).permute(1, 3, 0, 2).contiguous()  # (S, S, B, B)
+    length = strips.square().sum(2).T  # (S, B)
+    return shortest_path(dots, length[:, None, :, None], length[None, :, None, :])
 
 
 def local_triplet_loss(strips, labels, group, classes, margin=0.3):
     """Batch-hard triplet loss by the aligned distance of (B, S, 512) strips, mined by that distance itself."""
     positive, negative = pair_masks(labels, group, classes)
     with torch.no_grad():
-        distance = aligned_distance(strips[:, None], strips[None, :])  # (B, B)
-        p, n, valid = hardest_pairs(distance, positive, negative)
+        p, n, valid = hardest_pairs(aligned_distances(strips), positive, negative)
     return hinge(aligned_distance(strips, strips[p]), aligned_distance(strips, strips[n]), valid, margin)
 
 
-def joint_loss(outputs, labels, group, w_sigmoid, w_triplet, w_local, margin=0.3, hardest=30):
-    """Weighted sum of the three losses; returns it, and its detached parts: sigmoid, triplet, local, active share."""
+def joint_loss(outputs, labels, group, w_sigmoid, w_triplet, w_local, margin=0.3, hardest=30, named_count=None,
+               gather=lambda rows: rows):
+    """Weighted sum of the three losses; returns it, and its detached parts: sigmoid, triplet, local, active share.
+
+    `gather` joins the rows of several processes, with their gradients: triplets are mined among all of them.
+    `named_count`: see sigmoid_ohem_loss.
+    """
     embedding, logits, strips = outputs
     classes = logits.shape[1]
-    sigmoid = sigmoid_ohem_loss(logits, labels, group, hardest)
+    sigmoid = sigmoid_ohem_loss(logits, labels, group, hardest, named_count)
+    embedding, strips, labels = gather(embedding), gather(strips) if w_local else None, gather(labels)
     triplet, active = batch_hard_triplet_loss(embedding, labels, group, classes, margin)
     local = local_triplet_loss(strips, labels, group, classes, margin)[0] if w_local else torch.zeros_like(triplet)
     total = w_sigmoid * sigmoid + w_triplet * triplet + w_local * local

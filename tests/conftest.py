@@ -13,6 +13,7 @@ from torch import nn
 import models.whale_net
 import test as answer
 import train
+import utils.learn
 
 SIZES = [1, 1, 2, 2, 3, 3, 3, 4, 4, 5]  # training images of each id
 NEW, TEST = 12, 12
@@ -143,7 +144,8 @@ def assert_same_weights(one, other, name='last'):
 
 def interrupt_at(monkeypatch, where, call, number=signal.SIGINT):
     """A signal arrives when `where`, the name of something that train.py uses, is called for the `call`-th time."""
-    target, name = (torch.optim.Adam, 'step') if where == 'Adam.step' else (train, where)
+    target, name = (torch.optim.Adam, 'step') if where == 'Adam.step' else \
+        (utils.learn if where == 'joint_loss' else train, where)
     real, calls = getattr(target, name), []
 
     def wrapped(*args, **kwargs):
@@ -159,13 +161,13 @@ def interrupt_at(monkeypatch, where, call, number=signal.SIGINT):
 def spy_on_batches(monkeypatch):
     seen = []
 
-    def getitems(self, batch, real=train.Data.__getitems__):
-        seen.extend(row for row, _ in batch)
+    def batch(self, pairs, pin=False, real=train.TrainingSet.batch):
+        seen.extend(pairs[:, 0].tolist())
         spy.data = self
-        return real(self, batch)
+        return real(self, pairs, pin)
 
     spy = SimpleNamespace(rows=seen)
-    monkeypatch.setattr(train.Data, '__getitems__', getitems)
+    monkeypatch.setattr(train.TrainingSet, 'batch', batch)
     return spy
 
 

@@ -1,12 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from data.augment import augment, flip_labels, photometric, random_transform, to_input
+from data.augment import augment, flip_labels, photometric, random_transform, to_input, unpack
 from data.images import MARGIN, raw_size
 
 H, W = 64, 128
+
+
+def pack(mask):
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1))
 
 
 def gradient_crop(batch=4):
@@ -16,7 +21,7 @@ def gradient_crop(batch=4):
     y = torch.linspace(0, 255, height).round()[:, None].expand(height, width)
     crop = torch.stack([x, y, torch.zeros_like(x)], 2).to(torch.uint8).expand(batch, -1, -1, -1).contiguous()
     mask = (x > 127).to(torch.uint8).expand(batch, -1, -1).contiguous()
-    return crop, mask
+    return crop, pack(mask)
 
 
 def test_plain_input_is_the_box_without_its_surroundings():
@@ -27,6 +32,11 @@ def test_plain_input_is_the_box_without_its_surroundings():
     inside = crop[:, top:top + H, left:left + W].permute(0, 3, 1, 2).float() / 255
     assert torch.allclose(images[:, :3], inside, atol=0.01)
     assert images[:, 3, :, :W // 2 - 2].max() == 0 and images[:, 3, :, W // 2 + 2:].min() == 1
+
+
+def test_unpack_gives_the_bits_back():
+    mask = torch.randint(2, (3, 5, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack(pack(mask)), mask) and unpack(pack(mask)).dtype == torch.uint8
 
 
 def test_flip_is_a_mirror_and_nothing_else():
@@ -62,7 +72,7 @@ def test_a_rotated_circle_stays_a_circle():
     mask = (x ** 2 + y ** 2 < 20 ** 2).to(torch.uint8)[None].contiguous()
     angle = math.radians(25)
     transform = torch.tensor([[[math.cos(angle), -math.sin(angle) / 2, 0], [math.sin(angle) * 2, math.cos(angle), 0], [0, 0, 1]]])
-    turned = to_input(torch.zeros(1, height, width, 3, dtype=torch.uint8), mask, H, W, MARGIN, transform)[0, 3] > 0.5
+    turned = to_input(torch.zeros(1, height, width, 3, dtype=torch.uint8), pack(mask), H, W, MARGIN, transform)[0, 3] > 0.5
     rows, columns = turned.any(1).sum().item(), turned.any(0).sum().item()
     assert rows == pytest.approx(columns, abs=1) and rows == pytest.approx(40, abs=2)
 

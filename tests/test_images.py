@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from data import images
-from data.images import MARGIN, Crops, cut_crop, raw_size
+from data.augment import unpack
+from data.images import MARGIN, Crops, choose_cache, cut_crop, raw_size
 from utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -128,8 +129,8 @@ def build(frame, tmp_path):
 def test_crops_are_those_of_cut_crop(frame, tmp_path):
     crops = build(frame, tmp_path)
     pixels, masks = crops[[4, 0, 3]]
-    assert pixels.shape == (3, 36, 72, 3) and masks.shape == (3, 36, 72) and len(crops) == 6
-    for row, crop, mask in zip([4, 0, 3], pixels.numpy(), masks.numpy()):
+    assert pixels.shape == (3, 36, 72, 3) and masks.shape == (3, 36, 9) and len(crops) == 6
+    for row, crop, mask in zip([4, 0, 3], pixels.numpy(), unpack(masks).numpy()):
         image = cv2.imread(frame['path'][row])[..., ::-1]
         path = frame['mask_path'][row]
         own = (cv2.imread(path, 0) > 127).astype(np.uint8) if path else np.zeros((40, 80), np.uint8)
@@ -218,3 +219,34 @@ def test_too_little_room_for_the_crops_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='cache_dir'):
         Crops._open(tmp_path / 'crops.u8', (10, 20))
     assert not (tmp_path / 'crops.u8').exists()
+
+
+@pytest.mark.parametrize('cache', ['disk', 'memory', 'device', 'none'])
+def test_every_place_gives_the_same_crops(frame, tmp_path, cache):
+    expected = build(frame, tmp_path)[[4, 0, 3, 4]]
+    found = Crops(frame, 32, 64, tmp_path / 'other', cache=cache)
+    for _ in range(2):
+        assert all((one == other).all() for one, other in zip(found[[4, 0, 3, 4]], expected))
+    assert (tmp_path / 'other').exists() == (cache != 'none')
+    assert f"cache = '{cache}'" in str(found)
+
+
+def test_without_a_cache_what_cannot_be_decoded_is_black_and_named(frame, tmp_path):
+    open(frame['path'][2], 'w').close()
+    crops = Crops(frame, 32, 64, tmp_path, cache='none')
+    with pytest.raises(UserError, match='2.png'):
+        crops[[1, 2]]
+    crops.readable(skip_bad_images=True)
+    pixels, _ = crops[[1, 2]]
+    assert pixels[0].any() and not pixels[1].any()
+    assert frame['path'][2] in crops.failed[2]
+
+
+def test_auto_takes_what_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(images.torch.cuda, 'mem_get_info', lambda device: (9000, 10000))
+    monkeypatch.setattr(images.os, 'sysconf', lambda name: 100)  # of pages, and of bytes in each: 10,000
+    monkeypatch.setattr(images.shutil, 'disk_usage', lambda _: SimpleNamespace(free=20000))
+    for size, device, place in [(2999, 'cuda', 'device'), (4000, 'cuda', 'memory'), (6000, 'cuda:0', 'disk'),
+                                (2000, 'cpu', 'disk'), (30000, 'cuda', 'none'), (30000, 'cpu', 'none')]:
+        assert choose_cache(size, tmp_path / 'not' / 'there', device) == place
+    assert choose_cache(30000, tmp_path, 'cpu') == 'disk'  # the crops are there already

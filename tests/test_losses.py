@@ -8,6 +8,7 @@ from pytorch_metric_learning import distances, losses, miners
 
 from models.losses import (
     aligned_distance,
+    aligned_distances,
     batch_hard_triplet_loss,
     hardest_pairs,
     joint_loss,
@@ -146,7 +147,7 @@ def test_aligned_distance_is_the_double_loop():
     a, b = F.normalize(torch.randn(5, 8, 16), dim=2), F.normalize(torch.randn(5, 8, 16), dim=2)
     found = aligned_distance(a, b)
     assert found.tolist() == pytest.approx([shortest_path(x, y) for x, y in zip(a, b)], rel=1e-4)
-    table = aligned_distance(a[:, None], b[None, :])
+    table = aligned_distances(torch.cat([a, b]))[:5, 5:]
     assert table.shape == (5, 5) and torch.allclose(table.diagonal(), found, atol=1e-5)
 
 
@@ -163,6 +164,15 @@ def test_local_triplets_are_the_double_loop():
     loss, active = local_triplet_loss(strips, labels, no_twins(), CLASSES)
     assert loss.item() == pytest.approx(sum(hinges) / len(hinges), rel=1e-4)
     assert active.item() == pytest.approx(sum(h > 0 for h in hinges) / len(hinges))
+
+
+def test_parts_of_a_batch_add_up_to_it():
+    torch.manual_seed(3)
+    logits, labels = torch.randn(8, CLASSES), torch.tensor([0, 1, 2, NEW, 3, NEW, NEW, NEW])
+    whole = sigmoid_ohem_loss(logits, labels, no_twins())
+    parts = [sigmoid_ohem_loss(logits[rows], labels[rows], no_twins(), named_count=torch.tensor(4 / 2))
+             for rows in (slice(4), slice(4, 8))]
+    assert torch.allclose(sum(parts) / 2, whole)
 
 
 def test_joint_loss_is_the_weighted_sum():

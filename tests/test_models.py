@@ -6,7 +6,15 @@ import timm
 import torch
 
 from models import backbone as backbones
-from models.backbone import build_backbone, check_model_name, fill, freeze_early, load_imagenet, train_mode
+from models.backbone import (
+    build_backbone,
+    check_model_name,
+    fill,
+    fold_batch_norms,
+    freeze_early,
+    load_imagenet,
+    train_mode,
+)
 from models.whale_net import WhaleNet
 from utils.errors import UserError
 
@@ -203,3 +211,15 @@ def test_a_pointwise_convolution_is_a_convolution(stride):
     x = torch.randn(2, 6, 7, 9).contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, stride)
     assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_folded_batch_norms_change_no_output():
+    net = build_backbone('seresnext14', *SIZE)
+    net.load_state_dict(scrambled(net))
+    images = torch.randn(2, 4, *SIZE)
+    with torch.no_grad():
+        before = net.eval()(images)
+        fold_batch_norms(net)
+        after = net(images)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in net.modules())
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * before.abs().max().item())

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-import train
+import utils.learn
 from tests.conftest import add_photographs, assert_refused, cut, edit_table, first_row, interrupt_at, snapshot, spy_on_batches
 
 BAD_SETTINGS = {
@@ -140,7 +140,7 @@ def spoil_loss(monkeypatch, call):
     """The loss of the `call`-th iteration is not a number."""
     calls, spy = [], spy_on_batches(monkeypatch)
 
-    def loss(*args, real=train.joint_loss):
+    def loss(*args, real=utils.learn.joint_loss):
         calls.append(1)
         total, parts = real(*args)
         if len(calls) == call:
@@ -148,7 +148,7 @@ def spoil_loss(monkeypatch, call):
             total = total * float('nan')
         return total, parts
 
-    monkeypatch.setattr(train, 'joint_loss', loss)
+    monkeypatch.setattr(utils.learn, 'joint_loss', loss)
     return spy
 
 

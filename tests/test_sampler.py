@@ -42,9 +42,8 @@ def test_every_id_has_its_turn():
 
 def test_a_batch_depends_on_seed_and_iteration_alone():
     sampler = BatchSampler(table(), 24, NEW, seed=5)
-    walk = iter(sampler)
-    straight = [next(walk) for _ in range(8)]
-    later = next(iter(BatchSampler(table(), 24, NEW, seed=5, start=7)))
+    straight = [sampler.batch(iteration) for iteration in range(8)]
+    later = BatchSampler(table(), 24, NEW, seed=5).batch(7)
     assert (straight[7] == later).all()
     assert (straight[7] != straight[6]).any()
     assert (BatchSampler(table(), 24, NEW, seed=6).batch(7) != later).any()

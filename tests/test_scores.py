@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from data.images import MARGIN, raw_size
-from utils.scores import fuse, gallery_scores, predict
+from utils.scores import Gallery, fuse, predict
 
 HEIGHT, WIDTH, IDS = 16, 32, 3
 
@@ -30,7 +30,7 @@ class StubCrops:
         rows, (height, width) = torch.from_numpy(np.asarray(rows)), raw_size(HEIGHT, WIDTH)
         left = torch.arange(width) < width // 2
         light = torch.where(left, 10 * rows[:, None], 250 - 20 * rows[:, None]).byte()  # (B, w)
-        masks = torch.zeros(len(rows), height, width, dtype=torch.uint8)
+        masks = torch.zeros(len(rows), height, width // 8, dtype=torch.uint8)
         return light[:, None, :, None].expand(-1, height, -1, 3), masks
 
 
@@ -77,7 +77,7 @@ def test_the_network_sees_the_box_without_its_margin():
             pixels = torch.full((len(rows), height, width, 3), 255, dtype=torch.uint8)
             y, x = round(64 * MARGIN) - 1, round(128 * MARGIN) - 1  # a pixel less, for interpolation
             pixels[:, y:-y, x:-x] = 100
-            return pixels, torch.ones(pixels.shape[:3], dtype=torch.uint8)
+            return pixels, torch.full((len(rows), height, width // 8), 255, dtype=torch.uint8)
 
     class Look(torch.nn.Module):
         def forward(self, images, local):
@@ -88,7 +88,7 @@ def test_the_network_sees_the_box_without_its_margin():
     predict(Look(), Framed(), np.arange(2), 64, 128, IDS)
 
 
-def test_gallery_scores_against_two_loops():
+def test_gallery_against_two_loops():
     generator = torch.Generator().manual_seed(1)
     queries, gallery = (F.normalize(torch.randn(n, 2, 8, generator=generator), dim=2) for n in (7, 20))
     labels = torch.randint(4, (20,), generator=generator)  # of 5 ids: id 4 has no image
@@ -97,8 +97,10 @@ def test_gallery_scores_against_two_loops():
         for image, label in zip(gallery, labels):
             cosine = (query[0] @ image[0] + query[1] @ image[1]) / 2
             expected[q, label] = max(expected[q, label], (1 + cosine) / 2)
-    for block in (2048, 3):
-        assert torch.allclose(gallery_scores(queries, gallery, labels, 5, block), expected, atol=1e-6)
+    made = Gallery(gallery, labels, 5)
+    assert torch.allclose(made.scores(queries), expected, atol=1e-6)
+    owner = labels[made.columns]  # likeness has a column for each image, in another order
+    assert torch.allclose((1 + made.likeness(queries)[:, owner == 2].max(1).values) / 2, expected[:, 2], atol=1e-6)
 
 
 def test_fuse():

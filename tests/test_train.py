@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train
+import utils.learn
 from tests.conftest import (
     SETTINGS,
     arguments,
@@ -110,14 +111,14 @@ def test_a_killed_run_ends_as_one_that_was_not(scripts, drawn, work):
     """SIGKILL between evaluations, so that nothing can be saved."""
     long = dict(max_iters=20, eval_every=4, run='killed', data_dir=drawn)
     whole = scripts.train(**{**long, 'run': 'whole'})
-    code = ('import os, signal, sys, models.whale_net, train; from tests.conftest import SmallBackbone\n'
+    code = ('import os, signal, sys, models.whale_net, train, utils.learn; from tests.conftest import SmallBackbone\n'
             'models.whale_net.build_backbone = SmallBackbone\n'
-            'real, calls = train.joint_loss, []\n'
+            'real, calls = utils.learn.joint_loss, []\n'
             'def loss(*args):\n'
             '    calls.append(1)\n'
             '    if len(calls) == 11: os.kill(os.getpid(), signal.SIGKILL)\n'
             '    return real(*args)\n'
-            'train.joint_loss = loss\n'
+            'utils.learn.joint_loss = loss\n'
             'train.main(sys.argv[1:])')
     killed = subprocess.run([sys.executable, '-c', code, *arguments(**{**SETTINGS, **long})], cwd=work,
                             env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True)
@@ -322,7 +323,8 @@ def test_no_validation_image_and_no_rare_id_is_in_a_batch(scripts, monkeypatch, 
 def test_duplicate_ids_reach_the_loss(scripts, photos, monkeypatch):
     write_frame(photos / 'duplicate_ids.csv', Id=['w_2'], SubId=['w_7'])
     groups = []
-    monkeypatch.setattr(train, 'joint_loss', lambda *args, real=train.joint_loss: groups.append(args[2]) or real(*args))
+    real = utils.learn.joint_loss
+    monkeypatch.setattr(utils.learn, 'joint_loss', lambda *args: groups.append(args[2]) or real(*args))
     assert scripts.train(data_dir=photos, max_iters=1).code == 0
     group = groups[0].tolist()
     assert group[2] == group[7] and group[12] == group[17]
@@ -333,7 +335,8 @@ def test_the_loss_sees_mirrored_images_as_the_flipped_ids(scripts, monkeypatch):
     spy, labels = spy_on_batches(monkeypatch), []
     flips = []
     monkeypatch.setattr(train, 'augment', lambda *args, real=train.augment: flips.append(args[2]) or real(*args))
-    monkeypatch.setattr(train, 'joint_loss', lambda *args, real=train.joint_loss: labels.append(args[1]) or real(*args))
+    real = utils.learn.joint_loss
+    monkeypatch.setattr(utils.learn, 'joint_loss', lambda *args: labels.append(args[1]) or real(*args))
     scripts.train(max_iters=5, eval_every=5)
     plain = spy.data.labels[spy.rows].tolist()  # 10 ids; 20 is new_whale
     flips, labels = torch.cat(flips).tolist(), torch.cat(labels).tolist()

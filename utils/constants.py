@@ -16,7 +16,24 @@ KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: '
          tuple: 'a tuple such as (1, 2)', list: 'a list such as [1, 2]'}
 
 
-def read_constants(script_path, argv, rules=None):
+def rule(names, kind, is_valid, wanted):
+    """One rule for each of the names in a text."""
+    return dict.fromkeys(names.split(), (kind, is_valid, wanted))
+
+
+def one_of(names, *words):
+    return rule(names, str, lambda v: v in words, ' or '.join(map(repr, words)))
+
+
+SHARED_RULES = {  # of train.py and test.py
+    **rule('data_dir run cache_dir device', str, bool, 'a text in quotes'),
+    **rule('skip_bad_images', bool, lambda v: True, 'True or False'),
+    **rule('threads', int, lambda v: v >= 0, 'a whole number, 0 or more'),
+    **one_of('cache', 'auto', 'device', 'memory', 'disk', 'none'),
+    **one_of('precision', 'auto', 'bf16', 'fp32'), **one_of('compile', 'auto', 'yes', 'no')}
+
+
+def read_constants(script_path, argv, rules):
     """The constants of the script at `script_path`, those named in `argv` replaced, as a SimpleNamespace.
 
     The script is read, never run: its constants are the plain assignments above the first ruler, `# ----...`.
@@ -24,13 +41,11 @@ def read_constants(script_path, argv, rules=None):
 
     `rules` maps a name to (types, is_valid or None, wanted or None), as in
     `'lr': (float, lambda v: 0 < v < 1, 'a learning rate between 0 and 1')`. `types` is one type or a tuple:
-    with (int, str) a text is a whole number if it looks like one. Script and rules must name the same things;
-    without rules a constant keeps the script's type. Raises UserError for the first mistake found.
+    with (int, str) a text is a whole number if it looks like one. Script and rules must name the same things. Raises
+    UserError for the first mistake found.
     """
     script = Path(script_path).name
     doc, constants = _parse(script_path)
-    if rules is None:
-        rules = {name: (type(constant.value), None, None) for name, constant in constants.items()}
     for name in rules:
         if name not in constants:
             raise UserError(f'{script}: the constant {name!r} is missing; put it back above the ruler')

@@ -9,7 +9,7 @@ from utils.errors import UserError
 def choose_device(device, threads=0):
     """'auto', 'cuda', 'cuda:1' or 'cpu' -> a device name that is there; sets the number of CPU threads (0: all cores)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    torch.set_num_threads(threads or cores)
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))  # torchrun's variable
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
@@ -18,10 +18,23 @@ def choose_device(device, threads=0):
         raise UserError(f"device = '{device}' is no device; write 'auto', 'cuda', 'cuda:1' or 'cpu'") from error
     if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device = '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    torch.backends.cudnn.benchmark = True  # all batches have one size: try each algorithm once, keep the fastest
     if kind.type == 'cpu':
         torch.use_deterministic_algorithms(True)  # the same bits each time, at no cost but that of the next line's default
         torch.utils.deterministic.fill_uninitialized_memory = False
     return device
+
+
+def compile_network(net, compile, device):
+    """torch.compile `net` in place, on a GPU or when asked to ('yes'); returns why it could not, else None."""
+    if compile == 'no' or compile == 'auto' and 'cuda' not in device:
+        return None
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))  # is there a compiler at all?
+    except Exception as error:  # many kinds, by what is missing
+        return f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
+    net.compile()
+    return None
 
 
 def amp_dtype(precision, device):

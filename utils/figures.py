@@ -56,26 +56,17 @@ def plot_curves(evaluations, path):
     save(figure, path, 110)
 
 
-def plot_matches(path, queries, query_titles, matches, match_titles, right=None):
+def plot_matches(path, queries, query_titles, matches, match_titles):
     """Queries, each beside its nearest gallery images, best first.
 
     `queries` (Q) and `matches` (Q, up to 5) hold crops (H, W, 3) uint8, `query_titles` and `match_titles`
-    the text above each. `right` (Q, up to 5) bool, when known, frames right matches green, wrong ones red.
+    the text above each.
     """
     figure, axes = _grid(len(queries), 1 + max(len(row) for row in matches), queries[0])
     for i, query in enumerate(queries):
         _show(axes[i, 0], query, query_titles[i], DARK).title.set_weight('bold')
         for j, match in enumerate(matches[i]):
-            look = ('', GREY, 0.8) if right is None else ('✓ ', GREEN, 3) if right[i][j] else ('✗ ', RED, 3)
-            _show(axes[i, j + 1], match, look[0] + match_titles[i][j], *look[1:])
-    save(figure, path, 100)
-
-
-def plot_sheet(path, crops, titles, columns=6):
-    """A contact sheet of crops (H, W, 3) uint8."""
-    figure, axes = _grid(-(-len(crops) // columns), columns, crops[0])
-    for panel, crop, title in zip(axes.flat, crops, titles):
-        _show(panel, crop, title, DARK)
+            _show(axes[i, j + 1], match, match_titles[i][j], GREY)
     save(figure, path, 100)
 
 
@@ -88,10 +79,10 @@ def _grid(rows, columns, crop):
     return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=blank)
 
 
-def _show(axes, crop, title, colour, line=0.8):
+def _show(axes, crop, title, colour):
     axes.imshow(crop, interpolation='antialiased')
     axes.set_frame_on(True)
-    axes.spines[:].set(color=colour, linewidth=line)
+    axes.spines[:].set(color=colour, linewidth=0.8)
     axes.set_title(title, fontsize=9, color=colour, pad=4, parse_math=False)  # an id may hold a dollar sign
     return axes
 

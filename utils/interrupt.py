@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM, answered between two iterations instead of in the middle of one."""
 import signal
 
+from utils import ranks
+
 
 class Interrupt:
     """Within `with Interrupt() as interrupt:` the first signal only sets `interrupt.asked`; a second one ends at once.
@@ -15,15 +17,10 @@ class Interrupt:
         return self
 
     def _note(self, number, frame):
-        if self.asked:
+        if self.asked and ranks.world() == 1:  # torchrun may send one more
             raise KeyboardInterrupt
         self.asked = True
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def ignore_interrupt(_worker):
-    """For worker processes: Ctrl-C reaches them too, and they must serve the iteration in hand."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

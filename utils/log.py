@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from utils import ranks
 from utils.files import write_whole
 
 COLUMNS = [  # name, width, format, heading
@@ -36,4 +37,5 @@ def duration(seconds):
 
 def progress_bar(iterable=None, **options):
     """tqdm, redrawn twice a second on a screen and every half minute in a file or pipe."""
+    options['disable'] = options.get('disable', False) or ranks.rank() > 0
     return tqdm(iterable, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)

@@ -53,7 +53,7 @@ def choose_threshold(scores, truth):
     """
     if not scores.numel() or not scores.max() < torch.inf:
         raise UserError('the scores are empty or not finite, so they give no threshold; see the training log')
-    values, order = _best_ids(scores)  # (Q, K), K = min(5, N)
+    values, order = best_ids(scores)  # (Q, K), K = min(5, N)
     hit = order == truth[:, None]
     is_new = (truth == scores.shape[1])[:, None]
     # In sixtieths (60 is divisible by 1..5) sums are exact, and equally good intervals are seen as equal.
@@ -77,23 +77,22 @@ def choose_threshold(scores, truth):
     return threshold.item(), map5.max().item() / 60 / len(truth)
 
 
-def top5(scores, threshold):
-    """The five best answers of each row, best first: (Q, min(5, N + 1)) int64, where N is new_whale."""
-    values, order = _best_ids(scores)
-    place = (values >= threshold).sum(1, keepdim=True)  # (Q, 1) of new_whale
-    new = torch.full_like(place, scores.shape[1])
-    before, behind = torch.cat([order, new], 1), torch.cat([new, order], 1)
-    column = torch.arange(before.shape[1], device=scores.device)
-    return torch.where(column < place, before, behind).scatter(1, place, new)[:, :5]
-
-
-def _best_ids(scores):
+def best_ids(scores):
     """The five best ids of each row, best first: their scores and indices, (Q, min(5, N)) each."""
     values, order = scores.topk(min(6, scores.shape[1]))
     # topk promises no order among equal scores, and a sixth one may equal the fifth: sort those rows.
     tied = (values[:, 1:] == values[:, :-1]).any(1)
     order[tied] = scores[tied].sort(stable=True, descending=True).indices[:, :order.shape[1]]
     return values[:, :5], order[:, :5]
+
+
+def insert_new_whale(values, order, num_ids, threshold):
+    """The five best answers of each row, from `best_ids`: (Q, min(5, N + 1)) int64, where N is new_whale."""
+    place = (values >= threshold).sum(1, keepdim=True)  # (Q, 1) of new_whale
+    new = torch.full_like(place, num_ids)
+    before, behind = torch.cat([order, new], 1), torch.cat([new, order], 1)
+    column = torch.arange(before.shape[1], device=values.device)
+    return torch.where(column < place, before, behind).scatter(1, place, new)[:, :5]
 
 
 def check_submission(frame, sample, name='the submission', most=5):
@@ -119,7 +118,7 @@ def check_submission(frame, sample, name='the submission', most=5):
 def write_submission(path, images, answers, ids, sample_path):
     """Write Image,Id in the sample submission's order, or raise UserError when something does not fit it.
 
-    `answers` (Q, min(5, N + 1)) index the N `ids`, N being new_whale, as top5 gives them for `images`.
+    `answers` (Q, min(5, N + 1)) index the N `ids`, N being new_whale, as insert_new_whale gives them for `images`.
     """
     sample, wanted = read_answers(sample_path), min(5, len(ids) + 1)
     labels = np.array([*ids, NEW_WHALE], dtype=object)[np.asarray(answers)]

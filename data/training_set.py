@@ -1,0 +1,42 @@
+"""Everything that a training reads, built once before any step: tables, the fold, crops, labels."""
+import numpy as np
+import torch
+
+from data.decode import check_images
+from data.images import Crops
+from data.tables import NEW_WHALE, load_tables, training_rows, validation_fold
+from utils.errors import UserError
+
+
+class TrainingSet:
+    """`c` holds train.py's constants; `min_num_classes` those of all steps to come, each of which must have images."""
+
+    def __init__(self, c, min_num_classes):
+        self.tables = check_images(load_tables(c.data_dir, c.flip_is_new_id), c.skip_bad_images)
+        train = self.tables.train.sort_values('Image', ignore_index=True)  # the CSV's order changes nothing
+        self.train, self.ids, self.num_ids = train, self.tables.ids, self.tables.num_ids
+        self.classes = self.num_ids * (2 if c.flip_is_new_id else 1)
+        self.labels = torch.from_numpy(train['label'].to_numpy().copy())  # (n,)
+        self.crops = Crops(train, c.height, c.width, c.cache_dir, cache=c.cache, device=c.device)
+        readable = self.crops.readable(c.skip_bad_images)
+        fold = validation_fold(train, c.fold)  # (n,) bool
+        self.valid = fold & readable
+        self.rows = {number: training_rows(train, fold, number) & readable for number in min_num_classes}
+        fewest = min(rows.sum() for rows in self.rows.values())
+        if c.batch_size > fewest:
+            raise UserError(f'batch_size = {c.batch_size} is more than the {fewest} training images; lower it')
+        animal = np.arange(self.num_ids) if self.tables.group is None else self.tables.group
+        both = np.concatenate([animal, animal + self.num_ids])[:self.classes]  # a mirror image is another animal
+        self.group = torch.tensor([*both, 2 * self.num_ids + 1])  # (classes + 1,)
+        self.valid_rows = np.flatnonzero(self.valid)
+        self.fold_images = train['Image'].iloc[self.valid_rows].tolist()
+        self.valid_truth = self.labels[self.valid_rows].clamp(max=self.num_ids)  # (Q,) N: new_whale
+        named = self.labels[self.valid_rows] < self.classes
+        self.notes = [f'{len(train)} training images, {self.num_ids} ids, {self.classes} classes; '
+                      f'fold {c.fold}: {named.sum()} ids + {(~named).sum()} {NEW_WHALE}', *self.tables.notes, str(self.crops)]
+
+    def batch(self, pairs, pin=False):
+        """(row, flip) pairs (B, 2) -> raw crops, masks, labels, flips, in memory that a GPU can read while it computes."""
+        rows, flips = pairs.T
+        parts = *self.crops[rows], self.labels[rows], torch.from_numpy(flips.copy())
+        return [part.pin_memory() if pin and part.device.type == 'cpu' else part for part in parts]

@@ -1,0 +1,62 @@
+"""One step of the optimizer on one batch; and what to lower when memory does not hold it."""
+import gc
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+
+from models.losses import joint_loss
+from models.whale_net import WhaleNet
+from utils import ranks
+from utils.device import amp_dtype
+from utils.metrics import average_precision, rank_of_truth, top_k
+
+
+def learn(c, model, optimizer, images, labels, group, amp, threshold):
+    """One step of the optimizer on a batch, in `grad_accumulation` parts.
+
+    Returns (9,): loss, sigmoid, triplet, local, active share, MAP@5, top-1, top-5, 1. Nothing here waits for the device.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    parts, classes = c.grad_accumulation, len(group) - 1
+    named = ranks.total((labels < classes).sum().float()).clamp(min=1) / (parts * ranks.world())
+    measured = torch.zeros(9, device=images.device)
+    for number, (some, truth) in enumerate(zip(images.chunk(parts), labels.chunk(parts)), 1):
+        with model.no_sync() if number < parts and ranks.world() > 1 else nullcontext():  # gradients are averaged once
+            with torch.autocast(images.device.type, amp, enabled=amp is not None):
+                outputs = model(some.contiguous(memory_format=torch.channels_last), local=c.w_local > 0)
+            loss, losses = joint_loss(outputs, truth, group, c.w_sigmoid, c.w_triplet, c.w_local, c.margin, c.hardest,
+                                      named, ranks.gather)
+            (loss / parts).backward()
+        with torch.no_grad():
+            place = rank_of_truth(outputs[1].sigmoid(), truth, threshold)  # (B / parts,)
+            measured += torch.stack([loss, *losses, average_precision(place).mean(), top_k(place, 1), top_k(place, 5),
+                                     torch.ones_like(loss)]).float() / parts
+    torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+    optimizer.step()
+    return measured
+
+
+def out_of_memory(c, data, part):
+    """What to lower when `part` images at once are too many; the largest halving that fits is found by trying."""
+    size, fits = part, 0
+    while size > 8 and not fits and ranks.world() == 1:  # alone: the other processes would wait for this one's part
+        size = max(8, size // 8 * 4)
+        gc.collect()
+        if 'cuda' in c.device:
+            torch.cuda.empty_cache()
+        try:
+            net = WhaleNet(c.model_name, data.classes, c.height, c.width).to(c.device, memory_format=torch.channels_last)
+            optimizer = torch.optim.Adam(net.parameters())
+            amp, labels = amp_dtype(c.precision, c.device), torch.zeros(size, dtype=torch.int64, device=c.device)
+            small = SimpleNamespace(**{**vars(c), 'grad_accumulation': 1})
+            images = torch.zeros(size, 4, c.height, c.width, device=c.device)
+            learn(small, net, optimizer, images, labels, data.group.to(c.device), amp, 0.5)
+            fits = size
+        except torch.OutOfMemoryError:
+            net = optimizer = images = None
+    more = next((k for k in range(2, part) if fits and part % (4 * k) == 0 and 8 <= part // k <= fits), None)
+    advice = 'lower batch_size' + (f', or set grad_accumulation = {more * c.grad_accumulation}' if more else '')
+    advice = f'{fits} at a time fit: {advice}' if fits else 'not even 8 fit' if ranks.world() == 1 else advice
+    return (f'out of memory with {part} images of {c.height}x{c.width} at a time: {advice}; or take a smaller model_name, '
+            "height and width, or cache = 'memory'. The last checkpoint is untouched")
