@@ -3,6 +3,7 @@ import torch
 
 from benchmarks.timing import compare
 from models.losses import hardest_pairs, hinge, local_triplet_loss, pair_masks
+from utils.device import choose_device
 from utils.metrics import average_precision, choose_threshold, rank_of_truth
 
 BATCH, STRIPS, CHANNELS, CLASSES = 144, 8, 512, 10008
@@ -33,7 +34,7 @@ def loop_form(strips, labels, group):
 
 
 def main():
-    torch.set_num_threads(1)
+    choose_device('cpu', threads=1)  # as the scripts do
     torch.manual_seed(0)
     strips = torch.nn.functional.normalize(torch.randn(BATCH, STRIPS, CHANNELS), dim=2).requires_grad_()
     labels, group = torch.arange(BATCH) // 2, torch.arange(CLASSES + 1)

@@ -15,7 +15,7 @@ import train
 from benchmarks.timing import compare
 from models.backbone import Pointwise
 from models.whale_net import WhaleNet
-from utils.device import amp_dtype, compile_network
+from utils.device import amp_dtype, choose_device, compile_network
 
 HEIGHT, WIDTH, CLASSES = 256, 512, 10008
 C = SimpleNamespace(grad_accumulation=1, w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, margin=0.3, hardest=30, clip=5.0)
@@ -70,7 +70,7 @@ def machine(device):
 
 
 def main(argv):
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = choose_device('auto')
     cuda = device == 'cuda'
     model_name = argv[0] if argv else 'senet154' if cuda else 'seresnext50'
     batch = int(argv[1]) if len(argv) > 1 else 48 if cuda else 4

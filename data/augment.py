@@ -41,16 +41,16 @@ def to_input(crops, masks, height, width, margin, transform=None):
     (default: the box itself). Returns (B, 4, height, width) float: RGB 0..1 and the mask.
     """
     batch, device = len(crops), crops.device
-    image = torch.cat([crops, unpack(masks)[..., None] * 255], 3).permute(0, 3, 1, 2).float() / 255  # (B, 4, h, w)
+    image = torch.cat([crops, unpack(masks)[..., None] * 255], 3).permute(0, 3, 1, 2).float()  # (B, 4, h, w), 0..255
     if transform is None:
         transform = torch.eye(3, device=device).expand(batch, 3, 3)
     y = (torch.arange(height, device=device) + 0.5) * 2 / height - 1
     x = (torch.arange(width, device=device) + 0.5) * 2 / width - 1
-    x, y = x.expand(height, width), y[:, None].expand(height, width)
-    points = torch.stack([x, y, torch.ones_like(x)], -1)  # (height, width, 3)
-    moved = points.view(1, -1, 3) @ transform.transpose(1, 2)  # (B, height * width, 3)
-    grid = moved[..., :2] / moved[..., 2:].clamp(min=0.1) / (1 + 2 * margin)  # from the box to the crop around it
-    return F.grid_sample(image, grid.view(batch, height, width, 2), padding_mode='border', align_corners=False)
+    across, down = transform[:, :, :1] * x + transform[:, :, 2:], transform[:, :, 1:2] * y  # (B, 3, width), (B, 3, height)
+    moved = across[:, :, None] + down[..., None]  # (B, 3, height, width)
+    depth = moved[:, 2:].clamp_(min=0.1).mul_(1 + 2 * margin)  # also from the box to the crop around it
+    grid = (moved[:, :2] / depth).permute(0, 2, 3, 1)  # (B, height, width, 2)
+    return F.grid_sample(image, grid, padding_mode='border', align_corners=False).mul_(1 / 255)
 
 
 def random_transform(flips, height, width, strength=1.0):
@@ -83,33 +83,45 @@ def random_transform(flips, height, width, strength=1.0):
 def photometric(images, strength=1.0):
     """Light, contrast, gamma, greyscale, blur, noise, one erased box, a mask taken away: each for half of the images.
 
-    images (B, 4, H, W), RGB 0..1 and mask -> the same.
+    images (B, 4, H, W), RGB 0..1 and mask -> the same. What costs most is computed for its half of the batch alone.
     """
     batch, device = len(images), images.device
     height, width = images.shape[2:]
     rgb, mask = images[:, :3], images[:, 3:]
 
-    def factor(limit):  # (B, 1, 1, 1), 1 for about half of the images
-        change = (torch.rand(batch, device=device) * 2 - 1) * limit * strength
-        return 1 + (change * _maybe(batch, device)).view(-1, 1, 1, 1)
+    def half():
+        return torch.randperm(batch, device=device)[:batch // 2]
+
+    def uniform(low, high, count=batch):  # (count, 1, 1, 1)
+        return torch.rand(count, 1, 1, 1, device=device) * (high - low) + low
 
     mean = rgb.mean((1, 2, 3), keepdim=True)
-    rgb = (((rgb - mean) * factor(0.4) + mean) * factor(0.3)).clamp(1e-3, 1) ** factor(0.4)
-    grey = sum(share * rgb[:, k:k + 1] for k, share in enumerate(GREY))  # (B, 1, H, W)
-    rgb = torch.where(_maybe(batch, device).bool().view(-1, 1, 1, 1), grey, rgb)
-    blurred = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode='replicate'), 3, 1)
-    rgb = torch.lerp(rgb, blurred, (torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1) * strength)
-    sigma = (NOISE * strength * torch.rand(batch, device=device) * _maybe(batch, device)).view(-1, 1, 1, 1)
-    speckle = _maybe(batch, device).view(-1, 1, 1, 1)  # noise that grows with the light, or the same everywhere
-    noise = torch.randn(batch, 1, height, width, device=device) * sigma  # on lightness: the same for R, G and B
-    rgb = rgb + noise * (1 - speckle + speckle * rgb)
+    contrast, light = (1 + uniform(-limit, limit) * strength * _maybe(batch, device).view(-1, 1, 1, 1) for limit in (0.4, 0.3))
+    rgb = torch.addcmul(mean * (1 - contrast) * light, rgb, contrast * light).clamp_(1e-3, 1)
+    some = half()
+    rgb.index_copy_(0, some, rgb[some] ** (1 + uniform(-0.4, 0.4, len(some)) * strength))
+    some = half()
+    grey = sum(share * rgb[some, k] for k, share in enumerate(GREY))  # (B / 2, H, W)
+    rgb.index_copy_(0, some, grey[:, None].expand(-1, 3, -1, -1))
+    some = half()
+    sharp = rgb[some]
+    padded = F.pad(sharp, (1, 1, 1, 1), mode='replicate')  # (B / 2, 3, H + 2, W + 2)
+    rows = padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 2:]
+    blurred = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9  # the mean of 3 x 3 pixels
+    rgb.index_copy_(0, some, torch.lerp(sharp, blurred, uniform(0, 1, len(some)) * strength))
+    some = half()
+    noise = torch.randn(len(some), 1, height, width, device=device)  # on lightness: the same for R, G and B
+    noise = noise * uniform(0, NOISE, len(some)) * strength
+    speckle = _maybe(len(some), device).view(-1, 1, 1, 1)  # noise that grows with the light, or the same everywhere
+    clean = rgb[some]
+    rgb.index_copy_(0, some, torch.addcmul(clean, noise, 1 - speckle + speckle * clean))
     # one small box, filled with the image's mean
     top, left = torch.rand(2, batch, 1, 1, 1, device=device)
     tall, wide = 0.05 + 0.15 * torch.rand(2, batch, 1, 1, 1, device=device)
     y = torch.arange(height, device=device).view(1, 1, -1, 1) / height
     x = torch.arange(width, device=device).view(1, 1, 1, -1) / width
-    erased = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide) & _maybe(batch, device).bool().view(-1, 1, 1, 1)
-    rgb = torch.where(erased, mean, rgb).clamp(0, 1)
+    rows = (y >= top) & (y < top + tall) & _maybe(batch, device).bool().view(-1, 1, 1, 1)  # (B, 1, H, 1)
+    rgb = torch.where(rows & ((x >= left) & (x < left + wide)), mean, rgb).clamp_(0, 1)
     return torch.cat([rgb, mask * _maybe(batch, device).view(-1, 1, 1, 1)], 1)
 
 

@@ -28,10 +28,11 @@ class BadImage(UserError):
         self.reason = reason
 
 
-def read_image(path):
+def read_image(path, as_mask=False):
     """Pixels of an image file, upright: (H, W, 3) uint8 RGB. The content tells the format, not the name.
 
-    Transparency is dropped, 16 bits become 8. Raises BadImage (a UserError) for anything that is not whole.
+    Transparency is dropped, 16 bits become 8. `as_mask` keeps a greyscale file as it is, (H, W), in less time. Raises
+    BadImage (a UserError) for anything that is not whole.
     """
     try:
         with open(path, 'rb') as file:
@@ -40,9 +41,10 @@ def read_image(path):
         _require_end(path, header.format, data)
         # OpenCV, the faster one, turns rotated JPEGs upright, and rotated PNGs in its newest versions only
         if header.format in ('JPEG', 'MPO') or header.format == 'PNG' and 'exif' not in header.info:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            grey = as_mask and header.mode in ('1', 'L')
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB)
             if image is not None:
-                return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+                return image
             raise BadImage(path, 'its pixels do not decode')
         return _read_slowly(header)
     except UserError:
@@ -75,6 +77,8 @@ def _read_header(path, file):
 
 def _require_end(path, kind, data):
     """Raise BadImage unless a JPEG or PNG holds its end marker; older OpenCV paints what is cut off grey."""
+    if data.endswith((JPEG_END, PNG_END)):
+        return
     if kind in ('JPEG', 'MPO'):
         position = 2
         while data[position:position + 1] == b'\xff' and data[position + 1:position + 2] != b'\xda':
@@ -120,7 +124,8 @@ def read_mask(mask_path, mask_rle, shape):
     An image file counts as fluke where it is brighter than half, or above zero if it holds only 0 and 1.
     """
     if mask_path is not None:
-        mask = read_image(mask_path).max(axis=2)
+        mask = read_image(mask_path, as_mask=True)
+        mask = mask.max(axis=2) if mask.ndim == 3 else mask
         mask = (mask > (127 if mask.max() > 1 else 0)).astype(np.uint8)
     elif mask_rle is not None:
         mask = np.ascontiguousarray(decode_rle(mask_rle))

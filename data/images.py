@@ -95,9 +95,10 @@ class Crops:
         todo = np.flatnonzero(done == 0)
         if len(todo):
             self._build(todo, done)
-        if self.cache != 'disk':
-            self.pixels, self.masks = (torch.from_numpy(np.array(part)).to(device if self.cache == 'device' else 'cpu')
-                                       for part in (self.pixels, self.masks))
+        if self.cache in ('memory', 'device'):
+            self.pixels, self.masks = np.array(self.pixels), np.array(self.masks)
+        if self.cache == 'device':
+            self.pixels, self.masks = (torch.from_numpy(part).to(device) for part in (self.pixels, self.masks))
 
     def __len__(self):
         return self.count
@@ -123,7 +124,7 @@ class Crops:
             self.failed.update({row: error for row, error in zip(rows.tolist(), errors) if error})
             self.readable(self.skip_bad_images)
             return torch.from_numpy(np.stack(crops)), torch.from_numpy(np.stack(masks))
-        if self.cache == 'disk':
+        if self.cache != 'device':
             return torch.from_numpy(self.pixels[rows]), torch.from_numpy(self.masks[rows])
         rows = torch.from_numpy(rows)
         if self.pixels.is_cuda:

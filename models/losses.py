@@ -78,15 +78,16 @@ def shortest_path(dots, a, b):
     dots (S, S, ...) are the strips' inner products, a (S, 1, ...) and b (1, S, ...) their squared lengths -> (...).
     AlignedReID, arXiv:1711.08184; its (e^d - 1) / (e^d + 1) is tanh(d / 2).
     """
-    step = torch.tanh(((a + b - 2 * dots).clamp(min=0) + 1e-12).sqrt() / 2)  # (S, S, ...)
-    strips = len(step)
-    path = {}
-    for i in range(strips):
-        for j in range(strips):
-            before = [path[cell] for cell in ((i - 1, j), (i, j - 1)) if cell in path]
-            least = torch.minimum(*before) if len(before) == 2 else (before[0] if before else 0)
-            path[i, j] = step[i, j] + least
-    return path[strips - 1, strips - 1]
+    step = torch.tanh((torch.add(a + b, dots, alpha=-2).clamp(min=0) + 1e-12).sqrt() / 2)  # (S, S, ...)
+    size, cells = len(step), step.flatten(0, 1)
+    path = cells[:1]  # (1, ...) the first anti-diagonal; then one after another, all its cells at once
+    for d in range(1, 2 * size - 1):
+        first, last = max(0, d - size + 1), min(d, size - 1)  # rows of its ends
+        if d < size:  # longer than the one before: beyond its ends there is no way
+            wall = torch.full_like(path[:1], torch.inf)
+            path = torch.cat([wall, path, wall])
+        path = torch.minimum(path[1:], path[:-1]) + cells[d + first * (size - 1):d + last * (size - 1) + 1:size - 1]
+    return path[0]
 
 
 def aligned_distance(a, b):
@@ -109,7 +110,8 @@ def local_triplet_loss(strips, labels, group, classes, margin=0.3):
     positive, negative = pair_masks(labels, group, classes)
     with torch.no_grad():
         p, n, valid = hardest_pairs(aligned_distances(strips), positive, negative)
-    return hinge(aligned_distance(strips, strips[p]), aligned_distance(strips, strips[n]), valid, margin)
+    both = aligned_distance(strips.repeat(2, 1, 1), strips[torch.cat([p, n])])  # (2B,)
+    return hinge(*both.chunk(2), valid, margin)
 
 
 def joint_loss(outputs, labels, group, w_sigmoid, w_triplet, w_local, margin=0.3, hardest=30, named_count=None,

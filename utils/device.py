@@ -1,5 +1,7 @@
 """Which device, how many threads, which precision."""
+import ctypes
 import os
+import sys
 
 import torch
 
@@ -22,6 +24,9 @@ def choose_device(device, threads=0):
     if kind.type == 'cpu':
         torch.use_deterministic_algorithms(True)  # the same bits each time, at no cost but that of the next line's default
         torch.utils.deterministic.fill_uninitialized_memory = False
+        mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+        if mallopt:  # keep freed memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD): fresh pages cost more than many an operation
+            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
     return device
 
 
