@@ -95,17 +95,18 @@ def main(argv):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:  # a score for each image and id may be more than memory holds
         table = np.memmap(file, np.float16, 'w+', shape=(len(test), tables.num_ids))
-        best = []
+        most = min(5, tables.num_ids)
+        values, order = torch.empty(len(test), most), torch.empty(len(test), most, dtype=torch.int64)  # (Q, 5)
         each = [member.batches(1, np.arange(len(test))) for member in members]
         for first in progress_bar(range(0, len(test), c.batch_size), desc='test', unit='batch'):
             seen = [next(batches) for batches in each]
             final = sum(fuse(scores, member.gallery.scores(queries), weight)
                         for member, (scores, queries) in zip(members, seen)).cpu() / len(members)  # (b, N)
             unreadable[[row for part in crops.values() for row in part[1].failed]] = True  # without a cache known only now
-            final[unreadable[first:first + len(final)]] = -1  # what cannot be read is new
-            table[first:first + len(final)] = final.half()
-            best.append(best_ids(final))
-        values, order = (torch.cat(part) for part in zip(*best))  # (Q, 5)
+            block = slice(first, first + len(final))
+            final[unreadable[block]] = -1  # what cannot be read is new
+            table[block] = final.half()
+            values[block], order[block] = best_ids(final)
         if c.threshold >= 0:
             chosen = c.threshold
         if c.new_whale_share:

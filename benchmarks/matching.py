@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from utils.device import choose_device
 from utils.metrics import best_ids
 from utils.scores import Gallery
 
@@ -19,7 +20,7 @@ GALLERY, IDS, BLOCK = 100_000, 32_000, 64
 
 def main(argv):
     queries = int(argv[0]) if argv else 100_000
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = choose_device('auto')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     generator = torch.Generator(device).manual_seed(0)
 
@@ -28,9 +29,11 @@ def main(argv):
 
     labels = torch.cat([torch.arange(IDS), torch.randint(IDS, (GALLERY - IDS,))]).to(device)
     gallery = Gallery(embeddings(GALLERY), labels, IDS)
-    began, best = time.perf_counter(), []
-    for _ in tqdm(range(0, queries, BLOCK), unit='block'):
-        best.append([part.cpu() for part in best_ids(gallery.scores(embeddings(BLOCK)))])
+    values, order = torch.empty(queries, 5), torch.empty(queries, 5, dtype=torch.int64)
+    began = time.perf_counter()
+    for first in tqdm(range(0, queries, BLOCK), unit='block'):
+        block = slice(first, min(first + BLOCK, queries))
+        values[block], order[block] = best_ids(gallery.scores(embeddings(block.stop - first)))
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f'{queries:,} queries against {GALLERY:,} images of {IDS:,} ids on {device}: {seconds:.0f} s '
