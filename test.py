@@ -75,7 +75,8 @@ def main(argv):
         size = state['constants']['height'], state['constants']['width']
         crops[size] = crops.get(size) or [Crops(frame, *size, c.cache_dir, cache=c.cache, device=c.device)
                                           for frame in (train, test)]
-    readable, answerable = (part.readable(c.skip_bad_images) for part in crops[size])
+    readable, answerable = (np.all([part.readable(c.skip_bad_images) for part in parts], axis=0)
+                            for parts in zip(*crops.values()))
     valid_rows, gallery_rows = np.flatnonzero(valid & readable), np.flatnonzero(named & readable)
     owners, in_fold = labels[gallery_rows].to(c.device), torch.from_numpy(valid[gallery_rows]).to(c.device)
     truth = labels[valid_rows].clamp(max=tables.num_ids)  # (V,)
@@ -83,12 +84,13 @@ def main(argv):
     members, classifier, near = [], 0, 0
     for file, state in zip(files, states):
         member = Member(c, file, state, crops, tables.num_ids)
-        embeddings = member.predict(0, gallery_rows, 'gallery')[1].to(c.device)  # (G, 2, C)
+        embeddings = member.embed(0, gallery_rows, 'gallery')  # (G, 2, C)
         member.gallery = Gallery(embeddings, owners, tables.num_ids)
         scores, queries = member.predict(0, valid_rows, 'validation')  # (V, N), (V, 2, C)
         rest = Gallery(embeddings[~in_fold], owners[~in_fold], tables.num_ids)  # without the fold's own images
         classifier, near = classifier + scores / len(files), near + rest.scores(queries.to(c.device)).cpu() / len(files)
         members.append(member)
+        del embeddings, rest
     weight, chosen = choose_fusion(classifier, near, truth, c.gallery_weight)
 
     unreadable = torch.from_numpy(test['bad'].to_numpy(bool) | ~answerable)
@@ -161,12 +163,17 @@ class Member:
         with progress_bar(total=len(rows), desc=f'{self.name}: {what}', unit='img') as bar:
             return predict(self.net, self.crops[part], rows, *self.settings, progress=bar.update)
 
+    def embed(self, part, rows, what):
+        """Embeddings alone, (n, 2, C) on the device: the scores of a whole gallery may be more than memory holds."""
+        bar = progress_bar(self.batches(part, rows), total=-(-len(rows) // self.settings[4]), desc=f'{self.name}: {what}')
+        return torch.cat([embeddings for _, embeddings in bar])
+
 
 def draw_matches(member, path, count, train, gallery_rows, test, surest, answers, ids):
     """A few queries, from the surest to the least sure, beside their five nearest labelled photographs."""
     order = surest.argsort(descending=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
-    queries = member.predict(1, chosen.numpy(), 'matches')[1].to(member.gallery.rows.device)  # (count, 2, C)
+    queries = member.embed(1, chosen.numpy(), 'matches')  # (count, 2, C)
     likeness = (1 + member.gallery.likeness(queries)) / 2  # (count, G)
     best = likeness.topk(min(5, len(gallery_rows)))  # (count, 5)
     rows = gallery_rows[member.gallery.columns[best.indices].cpu().numpy()]  # (count, 5) of the training table

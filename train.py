@@ -2,7 +2,7 @@
 
 Each constant can also be given on the command line, e.g. python train.py --run first --lr 1e-4
 Results go to results/RUN: log.txt, curves.png, evaluations.csv, best.pth, last.pth. Stopped? Run the same command again.
-Several GPUs: torchrun --nproc_per_node=8 train.py; each has its share of batch_size.
+Several GPUs: torchrun --nproc_per_node=8 -- train.py --batch_size 384; each has its share of the batch.
 """
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
@@ -121,8 +121,8 @@ def main(argv):
     c.device = ranks.start(choose_device(c.device, c.threads))
     part = c.batch_size // (c.grad_accumulation * ranks.world())
     if part < 8 or part * c.grad_accumulation * ranks.world() != c.batch_size or part % 4:
-        raise UserError(f'batch_size = {c.batch_size} has no {c.grad_accumulation * ranks.world()} equal parts '
-                        '(grad_accumulation times processes) of 8, 12, 16 ... images')
+        raise UserError(f'batch_size = {c.batch_size} cannot be cut into {c.grad_accumulation * ranks.world()} equal '
+                        'parts (grad_accumulation times processes) of 8, 12, 16 ... images')
     folder = Path('results') / c.run
     steps, state = plan(c, folder)
     if not steps:

@@ -1,7 +1,7 @@
 """A hundred thousand queries against a gallery of a hundred thousand: `python -m benchmarks.matching [QUERIES]`.
 
-Random embeddings of 512 numbers (256 for the image, 256 for its mirror image); queries are made block by block, as
-test.py meets them, and only the five best ids of each are kept. About as many ids as in the competition's proportion.
+The product and the five best ids alone. Random embeddings of 512 numbers (256 for the image, 256 for its mirror image), made
+block by block as test.py sees its queries; the ids in the competition's proportion.
 """
 import resource
 import sys

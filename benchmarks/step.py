@@ -57,7 +57,7 @@ def floors(model_name, batch, device):
     for hook in hooks:
         hook.remove()
     # forward: written and read once; backward: the activation and its gradient are read, a gradient is written
-    return 3 * counter.get_total_flops() / 2, 5 * sum(sizes) / 2 * (2 if 'cuda' in device else 4)
+    return 3 * counter.get_total_flops() / 2, 5 * sum(sizes) / 2 * (2 if amp_dtype('auto', device) else 4)
 
 
 def machine(device):
@@ -91,7 +91,7 @@ def main(argv):
     else:
         kinds['+ 1x1 convolutions as products (ours)'] = dict(channels_last=True, amp=amp)
     ways = {name: make_step(model_name, batch, device, **kind)[1] for name, kind in kinds.items()}
-    rate = compare(ways, batch, rounds=5 if cuda else 3, cuda=cuda)['img/s'].iloc[-1]
+    rate = compare(ways, batch, rounds=5, cuda=cuda)['img/s'].iloc[-1]
     print(f'ours is {rate * flops / arithmetic:.1%} of the arithmetic floor ({arithmetic / flops:,.1f} img/s) and '
           f'{rate * moved / memory:.1%} of the memory floor ({memory / moved:,.1f} img/s)')
     if cuda:

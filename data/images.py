@@ -21,7 +21,7 @@ CACHE_VERSION = 1  # raise it when cut_crop changes, so that no old entry is use
 def cut_crop(image, mask, box, height, width):
     """The box and MARGIN around it, stretched to (height, width); beyond the photograph's edge, its edge goes on.
 
-    image (H, W, 3) uint8, mask (H, W) 0/1, box (x0, y0, x1, y1) in pixels, NaN: the whole image.
+    image (H, W, 3) uint8, mask (H, W) 0/1 or None, box (x0, y0, x1, y1) in pixels, NaN: the whole image.
     Returns crop (height, width, 3) uint8 and mask (height, width) uint8 0/1.
     """
     rows, columns = image.shape[:2]
@@ -32,13 +32,15 @@ def cut_crop(image, mask, box, height, width):
     factor = max(1, int(min((x1 - x0) / width, (y1 - y0) / height)))
     if factor > 1:
         image = cv2.resize(image, (max(1, columns // factor), max(1, rows // factor)), interpolation=cv2.INTER_AREA)
-        mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        mask = None if mask is None else cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     fx, fy = image.shape[1] / columns, image.shape[0] / rows
     ax, ay = (x1 - x0) * fx / width, (y1 - y0) * fy / height
     # pixel centres: output (i + 0.5) lies at x0 + ax * (i + 0.5)
     matrix = np.array([[ax, 0, x0 * fx + ax / 2 - 0.5], [0, ay, y0 * fy + ay / 2 - 0.5]])
     flags = cv2.WARP_INVERSE_MAP
     crop = cv2.warpAffine(image, matrix, (width, height), flags=flags | cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    if mask is None:
+        return crop, np.zeros((height, width), np.uint8)
     mask = cv2.warpAffine(mask, matrix, (width, height), flags=flags | cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
     return crop, mask
 
@@ -68,7 +70,8 @@ class Crops:
     `crops[rows]` -> crops (B, h, w, 3) uint8 and masks (B, h, w / 8) uint8, 8 pixels a byte (data.augment.unpack), tensors.
     Rows marked `bad` are black. The file is keyed by everything that went into it: names, sizes and times of the files,
     boxes, masks, crop size. `cache` says where it is read from: 'disk', 'memory' or 'device' (the accelerator's memory);
-    'none': no file, each image is decoded when it is asked for; 'auto': see `choose_cache`.
+    'none': no file, each image is decoded when it is asked for (one that cannot be, although its header was sound, is then
+    an error, or black when bad images are skipped); 'auto': see `choose_cache`.
     """
 
     def __init__(self, frame, height, width, cache_dir, workers=None, cache='disk', device='cpu'):
@@ -137,7 +140,8 @@ class Crops:
         try:
             if not self.bad[row]:
                 image = read_image(self.files[0][row])
-                mask = read_mask(self.files[1][row], self.files[2][row], image.shape[:2])
+                files = self.files[1][row], self.files[2][row]
+                mask = None if files == (None, None) else read_mask(*files, image.shape[:2])
                 crop, mask = cut_crop(image, mask, self.boxes[row], self.height, self.width)
                 return crop, np.packbits(mask, axis=-1), None
         except UserError as caught:

@@ -13,7 +13,7 @@ def sigmoid_ohem_loss(logits, labels, group, hardest=30, named_count=None):
     logits (B, 2N), labels (B,). With z = (1 - 2y) * logit: the mean softplus(z) over the min(hardest, 2N) largest z of
     each row, plus the mean softplus(-logit) of the true unit over the rows that have one. Softplus of the logit is the
     cross-entropy of its sigmoid, exact however wrong the logit is. `named_count`, a scalar tensor, replaces the number of
-    rows with an id where these rows are a part of a batch: the whole batch's number by the number of its parts.
+    rows with an id where these rows are a part of a batch: the whole batch's number divided by the number of parts.
     """
     classes = logits.shape[1]
     named = labels < classes  # (B,)

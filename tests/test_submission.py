@@ -123,7 +123,15 @@ def test_the_images_that_the_training_left_out_validate_whatever_comes_to_the_ta
     add_photographs(photos)
     trained.answer(data_dir=photos)
     images = sorted(pd.read_csv(photos / 'train.csv')['Image'])
-    assert [images[row] for row in seen[1]] == left_out  # the gallery is seen first
+    assert [images[row] for row in seen[0]] == left_out
+
+
+def test_answers_do_not_depend_on_how_many_images_are_seen_at_a_time(trained):
+    folder = trained.answer().folder
+    names, table = (folder / 'submission.csv').read_text(), scores(folder)[0]
+    trained.answer(batch_size=5)  # 12 images: the last batch has two
+    assert (folder / 'submission.csv').read_text() == names
+    assert np.allclose(scores(folder)[0], table, atol=2e-3)
 
 
 def test_checkpoints_of_different_folds_are_refused(trained):

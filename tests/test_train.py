@@ -301,6 +301,14 @@ def test_another_seed_changes_the_weights(scripts):
     assert not torch.equal(weights(one)['head.weight'], weights(other)['head.weight'])
 
 
+def test_random_weights_are_augmented_by_their_own_strength(scripts, monkeypatch):
+    strengths = []
+    real = train.augment
+    monkeypatch.setattr(train, 'augment', lambda *args: strengths.append(args[-1]) or real(*args))
+    scripts.train(max_iters=1, strength='(0.1,0.2)', strength_scratch='(0.3,0.4)')
+    assert strengths == [(0.3, 0.4)]
+
+
 def test_each_iteration_is_augmented_in_its_own_way(scripts, monkeypatch):
     seeds = []
     real = train.augment

@@ -25,7 +25,7 @@ def choose_device(device, threads=0):
         torch.use_deterministic_algorithms(True)  # the same bits each time, at no cost but that of the next line's default
         torch.utils.deterministic.fill_uninitialized_memory = False
         mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-        if mallopt:  # keep freed memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD): fresh pages cost more than many an operation
+        if mallopt:  # keep freed memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD): fresh pages cost more time than most operations
             mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
     return device
 
@@ -38,6 +38,7 @@ def compile_network(net, compile, device):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))  # is there a compiler at all?
     except Exception as error:  # many kinds, by what is missing
         return f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
+    torch._dynamo.config.suppress_errors = True  # what fails to compile runs eagerly, and torch says so
     net.compile()
     return None
 

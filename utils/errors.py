@@ -16,6 +16,11 @@ def exit_clearly(main):
         except UserError as error:
             print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
+        except Exception as error:
+            if type(error).__name__ != 'OutOfMemoryError':  # torch's, which is not imported for this alone
+                raise
+            print("error: out of memory: lower batch_size, height and width, or set cache = 'memory'", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:  # before or between the places that save; nothing is lost that was written
             print('stopped', file=sys.stderr)
             sys.exit(130)

@@ -57,6 +57,6 @@ def out_of_memory(c, data, part):
             net = optimizer = images = None
     more = next((k for k in range(2, part) if fits and part % (4 * k) == 0 and 8 <= part // k <= fits), None)
     advice = 'lower batch_size' + (f', or set grad_accumulation = {more * c.grad_accumulation}' if more else '')
-    advice = f'{fits} at a time fit: {advice}' if fits else 'not even 8 fit' if ranks.world() == 1 else advice
-    return (f'out of memory with {part} images of {c.height}x{c.width} at a time: {advice}; or take a smaller model_name, '
-            "height and width, or cache = 'memory'. The last checkpoint is untouched")
+    found = '' if ranks.world() > 1 else f' ({fits} at a time fit)' if fits else ' (not even 8 fit)'
+    return (f'out of memory with {part} images of {c.height}x{c.width} at a time{found}: {advice}, take a smaller model_name, '
+            "height or width, or set cache = 'memory'; the last checkpoint is untouched")

@@ -1,6 +1,7 @@
-"""One training in several processes, as torchrun starts them: `torchrun --nproc_per_node=8 train.py`.
+"""One training in several processes, as torchrun starts them: `torchrun --nproc_per_node=8 -- train.py --batch_size 384`.
 
-Each process (rank) has a share of every batch. Alone, without torchrun, every function here does nothing.
+Each process (rank) has a share of every batch. Without torchrun there is one process, and each function here gives back
+what it was given.
 """
 import atexit
 import datetime
