@@ -126,7 +126,7 @@ def main(argv):
     folder = Path('results') / c.run
     steps, state = plan(c, folder)
     if not steps:
-        return
+        return ranks.wait()
     data = ranks.one_after_another(lambda: TrainingSet(c, {step['min_num_class'] for step in steps}))
     if state['model'] and state['ids'] != data.ids:
         raise UserError(f'{folder}/last.pth knows other ids than {c.data_dir}/train.csv; choose another run')
@@ -152,6 +152,7 @@ def main(argv):
         if state is None:
             raise UserError(out_of_memory(c, data, part))
     print(f'finished: {folder}/best.pth; now python test.py --data_dir {c.data_dir} --run {c.run}')
+    ranks.wait()
 
 
 def build(c, step, data, folder, state):
@@ -250,7 +251,7 @@ def train_step(c, step, data, folder, state, clock):
                                                          state['kept'], snapshot(state['finished']))
                     save(folder, snapshot(state['finished']))
                     plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
-                ranks.any_of(False)  # the next step reads what the first process has written by now
+                ranks.wait()  # the next step reads what the first process has written by now
                 clock.measure(began)
                 train_mode(net)
         stopped = ranks.any_of(interrupt.asked)
@@ -259,7 +260,7 @@ def train_step(c, step, data, folder, state, clock):
             ranks.total(sums).div_(ranks.world())
             if ranks.rank() == 0:
                 save(folder, snapshot())
-            ranks.any_of(False)  # torchrun ends all processes when one has gone
+            ranks.wait()  # torchrun ends all processes when one has gone
     if stopped and not (state['finished'] and step['last']):
         print(f'stopped at iteration {state["iteration"]}; the same command goes on from there', file=sys.stderr)
         sys.exit(130)

@@ -83,13 +83,18 @@ def total(numbers, op=dist.ReduceOp.SUM):
 
 
 def any_of(flag):
-    """Whether `flag` is true in any process: all of them must stop at the same iteration. Also waits for all."""
+    """Whether `flag` is true in any process: all of them must stop at the same iteration."""
     return bool(total(torch.tensor(float(flag)))) if world() > 1 else flag
+
+
+def wait():
+    """Until all processes are here. One that leaves early closes connections that others still read from."""
+    any_of(False)
 
 
 def one_after_another(make):
     """`make()` in the first process of each machine, then in the others, which find its files."""
     first = world() == 1 or os.environ['LOCAL_RANK'] == '0'
     made = make() if first else None
-    any_of(False)
+    wait()
     return made if first else make()
