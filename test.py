@@ -152,6 +152,7 @@ class Member:
         why_not = compile_network(self.net, c.compile, c.device)
         if why_not:
             print(f'not compiled: {why_not}')
+        self.batch_size = c.batch_size
         self.settings = (*size, num_ids, made['flip_is_new_id'], c.batch_size, c.device, amp_dtype(c.precision, c.device),
                          VIEWS[:c.views])
 
@@ -165,7 +166,7 @@ class Member:
 
     def embed(self, part, rows, what):
         """Embeddings alone, (n, 2, C) on the device: the scores of a whole gallery may be more than memory holds."""
-        bar = progress_bar(self.batches(part, rows), total=-(-len(rows) // self.settings[4]), desc=f'{self.name}: {what}')
+        bar = progress_bar(self.batches(part, rows), total=-(-len(rows) // self.batch_size), desc=f'{self.name}: {what}')
         return torch.cat([embeddings for _, embeddings in bar])
 
 

@@ -27,7 +27,7 @@ from utils.errors import UserError, exit_clearly
 from utils.figures import plot_curves
 from utils.files import write_whole
 from utils.interrupt import Interrupt
-from utils.learn import learn, out_of_memory
+from utils.learn import MEASURED, learn, out_of_memory
 from utils.log import HEADER, duration, format_row, progress_bar, write_log
 from utils.metrics import choose_threshold, rank_of_truth, top_k
 from utils.scores import predict
@@ -194,7 +194,7 @@ def train_step(c, step, data, folder, state, clock):
                            c.seed + 1000 * step['step'])
     strength = c.strength if c.pretrained else c.strength_scratch
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
-    sums = torch.zeros(9, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
+    sums = torch.zeros(len(MEASURED) + 1, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
     bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
     if not state['iteration']:
         state['mark'] = clock.elapsed()
@@ -231,9 +231,9 @@ def train_step(c, step, data, folder, state, clock):
             out_of_time = ranks.any_of(clock.over())
             evaluate_now = state['iteration'] % c.eval_every == 0 or state['iteration'] >= c.max_iters or out_of_time
             if state['iteration'] % 20 == 0 or evaluate_now:  # the only places that wait for the device
-                mean = (sums / sums[-1]).tolist()
+                mean = dict(zip(MEASURED, (sums / sums[-1]).tolist()))
                 left = f', {duration(60 * c.max_minutes - clock.elapsed())} left' if c.max_minutes else ''
-                bar.set_postfix_str(f'loss {mean[0]:.3f}, MAP@5 {mean[5]:.3f}{left}')
+                bar.set_postfix_str(f'loss {mean["loss"]:.3f}, MAP@5 {mean["train_map5"]:.3f}{left}')
                 refuse_bad_loss(bad, data, sampler, folder)
             if evaluate_now:
                 began = clock.elapsed()
@@ -284,10 +284,9 @@ def evaluate(c, step, data, net, amp, state, sums, sampler):
     places = rank_of_truth(scores, data.valid_truth, state['threshold'])
     state['since_best'] = 0 if valid_map5 > state['best'] else state['since_best'] + 1
     state['best'] = max(valid_map5, state['best'])
-    mean = (sums / sums[-1]).tolist()
-    names = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')
+    mean = dict(zip(MEASURED, (sums / sums[-1]).tolist()))
     return dict(step=step['step'], iteration=state['iteration'], epoch=state['iteration'] / sampler.iterations_per_pass,
-                lr=step['lr'], **dict(zip(names, mean)), valid_top1=top_k(places, 1).item(), valid_top5=top_k(places, 5).item(),
+                lr=step['lr'], **mean, valid_top1=top_k(places, 1).item(), valid_top5=top_k(places, 5).item(),
                 valid_map5=valid_map5, threshold=state['threshold'])
 
 

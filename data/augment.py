@@ -120,8 +120,8 @@ def photometric(images, strength=1.0):
     tall, wide = 0.05 + 0.15 * torch.rand(2, batch, 1, 1, 1, device=device)
     y = torch.arange(height, device=device).view(1, 1, -1, 1) / height
     x = torch.arange(width, device=device).view(1, 1, 1, -1) / width
-    rows = (y >= top) & (y < top + tall) & _maybe(batch, device).bool().view(-1, 1, 1, 1)  # (B, 1, H, 1)
-    rgb = torch.where(rows & ((x >= left) & (x < left + wide)), mean, rgb).clamp_(0, 1)
+    beside = (y >= top) & (y < top + tall) & _maybe(batch, device).bool().view(-1, 1, 1, 1)  # (B, 1, H, 1)
+    rgb = torch.where(beside & ((x >= left) & (x < left + wide)), mean, rgb).clamp_(0, 1)
     return torch.cat([rgb, mask * _maybe(batch, device).view(-1, 1, 1, 1)], 1)
 
 

@@ -107,7 +107,7 @@ class Crops:
         return self.count
 
     def __str__(self):
-        return f"{self.count} crops of {self.height}x{self.width}, {self.bytes / 1e9:.1f} GB, cache = '{self.cache}'"
+        return f"{self.count} crops of {self.height}x{self.width}, {self.bytes / 1e9:.2g} GB, cache = '{self.cache}'"
 
     def readable(self, skip_bad_images):
         """Which rows have pixels: (count,) bool. UserError that lists the others, unless `skip_bad_images`."""

@@ -98,3 +98,18 @@ def test_the_same_seed_gives_the_same_batch():
     torch.manual_seed(7)
     assert torch.equal(first, augment(crop, mask, flips, H, W, MARGIN))
     assert not torch.equal(first, augment(crop, mask, flips, H, W, MARGIN))
+
+
+def test_photometric_changes_are_as_strong_as_they_say():
+    """A white point on mid grey: blur spreads it over 3 x 3 pixels and loses nothing; noise keeps its sigma."""
+    torch.manual_seed(0)
+    flat = torch.full((400, 4, 24, 24), 0.5)
+    changed = photometric(flat)[:, :3]
+    light = changed.median(3).values.median(2).values[:, :, None, None]  # (B, 3, 1, 1) of each image
+    spread = ((changed - light) / light).flatten(1).quantile(0.84, dim=1)  # of sigma, where there is noise
+    assert spread.max() < 0.2 and (spread > 0.005).float().mean() > 0.3
+    point = flat.clone()
+    point[:, :3, 12, 12] = 0.6
+    torch.manual_seed(0)
+    gain = (photometric(point)[:, :3] - changed)[:, :, 11:14, 11:14].sum((2, 3)).mean()
+    assert 0.07 < gain < 0.13

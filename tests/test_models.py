@@ -223,3 +223,14 @@ def test_folded_batch_norms_change_no_output():
         after = net(images)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in net.modules())
     assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * before.abs().max().item())
+
+
+def test_logits_are_not_rounded_to_bf16():
+    """Thousands of classifiers in eight bits would tie."""
+    net = WhaleNet('seresnext14', 20, *SIZE).eval()
+    torch.nn.init.normal_(net.head.weight)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        embedding, logits, _ = net(torch.rand(2, 4, *SIZE))
+    assert (logits != logits.bfloat16().float()).float().mean() > 0.9
+    with torch.no_grad():
+        assert torch.allclose(logits, 16 * net.head(embedding), rtol=1e-5, atol=1e-5)

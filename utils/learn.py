@@ -11,16 +11,18 @@ from utils import ranks
 from utils.device import amp_dtype
 from utils.metrics import average_precision, rank_of_truth, top_k
 
+MEASURED = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')  # and a count
+
 
 def learn(c, model, optimizer, images, labels, group, amp, threshold):
     """One step of the optimizer on a batch, in `grad_accumulation` parts.
 
-    Returns (9,): loss, sigmoid, triplet, local, active share, MAP@5, top-1, top-5, 1. Nothing here waits for the device.
+    Returns (9,): what MEASURED names, and 1. Nothing here waits for the device.
     """
     optimizer.zero_grad(set_to_none=True)
     parts, classes = c.grad_accumulation, len(group) - 1
     named = ranks.total((labels < classes).sum().float()).clamp(min=1) / (parts * ranks.world())
-    measured = torch.zeros(9, device=images.device)
+    measured = torch.zeros(len(MEASURED) + 1, device=images.device)
     for number, (some, truth) in enumerate(zip(images.chunk(parts), labels.chunk(parts)), 1):
         with model.no_sync() if number < parts and ranks.world() > 1 else nullcontext():  # gradients are averaged once
             with torch.autocast(images.device.type, amp, enabled=amp is not None):
