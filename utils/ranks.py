@@ -5,6 +5,7 @@ what it was given.
 """
 import atexit
 import datetime
+import gc
 import os
 import sys
 
@@ -25,10 +26,17 @@ def start(device):
         torch.cuda.set_device(device)
     # building the crops of a large data set may take hours, for which the other processes wait
     dist.init_process_group('cpu:gloo,cuda:nccl' if 'cuda' in device else 'gloo', timeout=datetime.timedelta(hours=6))
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
     if rank():
         sys.stdout = open(os.devnull, 'w')  # the first process speaks for all
     return device
+
+
+def _leave():
+    """Close the connections before the interpreter goes; whatever still holds them (a model) would end it in an abort."""
+    gc.collect()
+    dist.destroy_process_group()
+    sys.stdout.flush(), sys.stderr.flush()
 
 
 def rank():
