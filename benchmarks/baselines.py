@@ -33,7 +33,7 @@ def grey_crops(frame):
     crops = np.zeros((len(frame), height, width), np.float32)
     for row, (path, *box) in enumerate(frame[['path', 'x0', 'y0', 'x1', 'y1']].itertuples(index=False)):
         image = read_image(path)
-        crop, _ = cut_crop(image, np.zeros(image.shape[:2], np.uint8), np.array(box, float), *size)
+        crop, _ = cut_crop(image, None, np.array(box, float), *size)
         crops[row] = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)[y:y + height, x:x + width]
     return crops
 

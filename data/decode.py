@@ -83,7 +83,7 @@ def _require_end(path, kind, data):
             fill = data[position + 1:position + 2] == b'\xff'
             position += 1 if fill else 2 + int.from_bytes(data[position + 2:position + 4], 'big')
         # within the coded pixels 0xff is always followed by 0 or a restart; a thumbnail ends before them
-        whole = data.find(JPEG_END, position) >= 0
+        whole = data.endswith(JPEG_END, position) or data.find(JPEG_END, position) >= 0
     else:
         whole = kind != 'PNG' or PNG_END in data
     if not whole:

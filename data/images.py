@@ -15,34 +15,39 @@ from utils.errors import UserError
 from utils.log import progress_bar
 
 MARGIN = 1 / 16   # surroundings kept on each side, a share of the box's sides: rotations and shifts find real pixels
-CACHE_VERSION = 1  # raise it when cut_crop changes, so that no old entry is used
+CACHE_VERSION = 2  # raise it when cut_crop changes, so that no old entry is used
 
 
 def cut_crop(image, mask, box, height, width):
     """The box and MARGIN around it, stretched to (height, width); beyond the photograph's edge, its edge goes on.
 
-    image (H, W, 3) uint8, mask (H, W) 0/1 or None, box (x0, y0, x1, y1) in pixels, NaN: the whole image.
-    Returns crop (height, width, 3) uint8 and mask (height, width) uint8 0/1.
+    Exact to half a pixel, of the photograph and of the crop, which is less than any box is sure of; whole pixels can be
+    cut and resized in a third of the time. image (H, W, 3) uint8, mask (H, W) 0/1 or None, box (x0, y0, x1, y1) in
+    pixels, NaN: the whole image. Returns crop (height, width, 3) uint8 and mask (height, width) uint8 0/1, or None.
     """
     rows, columns = image.shape[:2]
     x0, y0, x1, y1 = (0, 0, columns, rows) if np.isnan(box[0]) else box
-    x0, x1 = x0 - MARGIN * (x1 - x0), x1 + MARGIN * (x1 - x0)
-    y0, y1 = y0 - MARGIN * (y1 - y0), y1 + MARGIN * (y1 - y0)
+    x, left, right = _within(x0 - MARGIN * (x1 - x0), x1 + MARGIN * (x1 - x0), columns, width)
+    y, top, bottom = _within(y0 - MARGIN * (y1 - y0), y1 + MARGIN * (y1 - y0), rows, height)
+    size, edges, crop = (width - left - right, height - top - bottom), (top, bottom, left, right), image[y, x]
     # Shrink by whole factors first (area average): one bilinear step alone would skip pixels of a large photograph.
-    factor = max(1, int(min((x1 - x0) / width, (y1 - y0) / height)))
+    factor = min(crop.shape[1] // size[0], crop.shape[0] // size[1])
     if factor > 1:
-        image = cv2.resize(image, (max(1, columns // factor), max(1, rows // factor)), interpolation=cv2.INTER_AREA)
-        mask = None if mask is None else cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    fx, fy = image.shape[1] / columns, image.shape[0] / rows
-    ax, ay = (x1 - x0) * fx / width, (y1 - y0) * fy / height
-    # pixel centres: output (i + 0.5) lies at x0 + ax * (i + 0.5)
-    matrix = np.array([[ax, 0, x0 * fx + ax / 2 - 0.5], [0, ay, y0 * fy + ay / 2 - 0.5]])
-    flags = cv2.WARP_INVERSE_MAP
-    crop = cv2.warpAffine(image, matrix, (width, height), flags=flags | cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        crop = cv2.resize(crop, (crop.shape[1] // factor, crop.shape[0] // factor), interpolation=cv2.INTER_AREA)
+    crop = cv2.resize(crop, size, interpolation=cv2.INTER_LINEAR)
+    crop = cv2.copyMakeBorder(crop, *edges, cv2.BORDER_REPLICATE) if any(edges) else crop
     if mask is None:
-        return crop, np.zeros((height, width), np.uint8)
-    mask = cv2.warpAffine(mask, matrix, (width, height), flags=flags | cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
-    return crop, mask
+        return crop, None
+    mask = cv2.resize(mask[y, x], size, interpolation=cv2.INTER_NEAREST_EXACT)
+    return crop, cv2.copyMakeBorder(mask, *edges, cv2.BORDER_CONSTANT) if any(edges) else mask
+
+
+def _within(low, high, count, size):
+    """The part of low .. high that lies in 0 .. count, as a slice; how many of `size` output pixels lie before, after it."""
+    first, last = min(max(round(low), 0), count - 1), max(min(round(high), count), 1)
+    each = size / (high - low)
+    before = min(round(max(0, -low) * each), size - 1)
+    return slice(first, max(last, first + 1)), before, min(round(max(0, high - count) * each), size - 1 - before)
 
 
 def raw_size(height, width):
@@ -136,17 +141,17 @@ class Crops:
 
     def _decode(self, row):
         """Crop, packed mask, and None or why there is none (a black crop)."""
-        error = None
+        crop, packed, error = None, np.zeros((self.height, self.width // 8), np.uint8), None
         try:
             if not self.bad[row]:
                 image = read_image(self.files[0][row])
                 files = self.files[1][row], self.files[2][row]
                 mask = None if files == (None, None) else read_mask(*files, image.shape[:2])
                 crop, mask = cut_crop(image, mask, self.boxes[row], self.height, self.width)
-                return crop, np.packbits(mask, axis=-1), None
+                packed = packed if mask is None else np.packbits(mask, axis=-1)
         except UserError as caught:
             error = str(caught)
-        return np.zeros((self.height, self.width, 3), np.uint8), np.zeros((self.height, self.width // 8), np.uint8), error
+        return np.zeros((self.height, self.width, 3), np.uint8) if crop is None else crop, packed, error
 
     def _build(self, todo, done):
         def one(row):

@@ -66,18 +66,19 @@ def test_a_large_box_is_averaged(times):
     assert abs(crop - blocks).max() <= 1
 
 
-def test_a_stretched_crop_against_a_plain_reference():
-    image, _ = photograph()
-    box, height, width = [11.5, 8.25, 70.0, 50.0], 45, 90
+@pytest.mark.parametrize('box', [[11.5, 8.25, 70.0, 50.0], [-9.0, -2.0, 62.5, 58.0], WHOLE])
+def test_a_stretched_crop_against_a_plain_reference(box):
+    y, x = np.mgrid[:60, :100]
+    image = np.dstack([2 * x, 4 * y, x + 2 * y]).astype(np.uint8)  # a ramp: its colour tells where a pixel came from
+    height, width = 45, 90
     crop, _ = cut_crop(image, np.zeros(image.shape[:2], np.uint8), box, height, width)
-    w, h = box[2] - box[0], box[3] - box[1]
+    x0, y0, x1, y1 = [0, 0, 100, 60] if np.isnan(box[0]) else box
+    w, h = x1 - x0, y1 - y0
     for row, column in [(0, 0), (44, 89), (20, 30), (7, 77)]:
-        x = box[0] - MARGIN * w + (column + 0.5) / width * w * (1 + 2 * MARGIN) - 0.5
-        y = box[1] - MARGIN * h + (row + 0.5) / height * h * (1 + 2 * MARGIN) - 0.5
-        left, top, fx, fy = int(x), int(y), x % 1, y % 1
-        a, b, c, d = (image[top + j, left + i].astype(float) for j in (0, 1) for i in (0, 1))
-        expected = (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
-        assert abs(crop[row, column] - expected).max() <= 10  # OpenCV rounds positions to 1/32 of a pixel
+        x = (x0 - MARGIN * w + (column + 0.5) / width * w * (1 + 2 * MARGIN) - 0.5)
+        y = (y0 - MARGIN * h + (row + 0.5) / height * h * (1 + 2 * MARGIN) - 0.5)
+        expected = np.array([2 * np.clip(x, 0, 99), 4 * np.clip(y, 0, 59)])
+        assert (abs(crop[row, column, :2] - expected) / [2, 4]).max() <= 1.25  # half a pixel of the photograph, and of the crop
 
 
 @pytest.mark.parametrize('box', [[20, 10, 52, 26], [5, 5, 95, 50], [-20, -10, 60, 55], WHOLE])
@@ -87,6 +88,13 @@ def test_the_mask_follows_the_image(box):
     crop, cropped = cut_crop(np.repeat(mask[..., None] * 255, 3, 2), mask, box, 40, 80)
     assert set(np.unique(cropped)) <= {0, 1} and cropped.any()
     assert (cropped != (crop[..., 0] > 127)).mean() < 0.02
+
+
+@pytest.mark.parametrize('box', [[-300, 5, -200, 50], [20, 90, 60, 120], [99.9, 59.9, 100.1, 60.1], [-500, -500, 900, 900]])
+def test_a_box_beyond_the_photograph_is_no_error(box):
+    image, mask = photograph()
+    crop, cropped = cut_crop(image, mask, np.array(box, float), 36, 72)
+    assert crop.shape == (36, 72, 3) and cropped.shape == (36, 72)
 
 
 @pytest.mark.parametrize('height, width', [(256, 512), (64, 64), (32, 64), (33, 70), (299, 299)])
