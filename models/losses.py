@@ -97,12 +97,21 @@ def aligned_distance(a, b):
 
 
 def aligned_distances(strips):
-    """The shortest path of every row to every other: (B, S, C) -> (B, B), by one matrix product."""
+    """The shortest path of every row to every other: (B, S, C) -> (B, B).
+
+    A path and its mirror image have one length, so on a CPU blocks of rows meet only the rows from their own on.
+    """
     rows, count, channels = strips.shape
-    flat = strips.reshape(-1, channels)  # (B * S, C)
-    dots = (flat @ flat.T).view(rows, count, rows, count).permute(1, 3, 0, 2).contiguous()  # (S, S, B, B)
+    block = rows if strips.is_cuda else 24  # what fits into a processor's cache; a GPU would rather do all at once
     length = strips.square().sum(2).T  # (S, B)
-    return shortest_path(dots, length[:, None, :, None], length[None, :, None, :])
+    table = strips.new_zeros(rows, rows)
+    for first in range(0, rows, block):
+        some, rest = strips[first:first + block], strips[first:]
+        dots = some.reshape(-1, channels) @ rest.reshape(-1, channels).T  # (b * S, r * S)
+        dots = dots.view(len(some), count, len(rest), count).permute(1, 3, 0, 2).contiguous()  # (S, S, b, r)
+        table[first:first + block, first:] = shortest_path(
+            dots, length[:, None, first:first + block, None], length[None, :, None, first:])
+    return torch.maximum(table, table.T)
 
 
 def local_triplet_loss(strips, labels, group, classes, margin=0.3):
