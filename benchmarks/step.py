@@ -8,12 +8,13 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from pretrainedmodels.models.senet import SEModule
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from benchmarks.timing import compare
-from models.backbone import Pointwise
+from models.backbone import Grouped, Pointwise, SqueezeExcite
 from models.whale_net import WhaleNet
 from utils.device import amp_dtype, choose_device, compile_network
 
@@ -21,14 +22,15 @@ HEIGHT, WIDTH, CLASSES = 256, 512, 10008
 C = SimpleNamespace(grad_accumulation=1, w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, margin=0.3, hardest=30, clip=5.0)
 
 
-def make_step(model_name, batch, device, channels_last, amp, pointwise=True, compiled=False, fused=True):
+def make_step(model_name, batch, device, channels_last, amp, rewritten=True, compiled=False, fused=True):
     """A function that makes one optimizer step, the whole of it."""
     torch.manual_seed(0)
     net = WhaleNet(model_name, CLASSES, HEIGHT, WIDTH).train().to(device)
-    if not pointwise:
-        for layer in net.modules():
-            if isinstance(layer, Pointwise):
-                layer.__class__ = nn.Conv2d
+    for layer in () if rewritten else net.modules():
+        if isinstance(layer, (Pointwise, Grouped)):
+            layer.__class__ = nn.Conv2d
+        elif isinstance(layer, SqueezeExcite):
+            layer.__class__ = SEModule
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     why_not = compile_network(net, 'yes' if compiled else 'no', device)
@@ -81,15 +83,15 @@ def main(argv):
     print(f'{model_name}, batch {batch}, {HEIGHT}x{WIDTH}, {CLASSES} classes, on '
           f'{torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"}; '
           f'{flops / 1e9:.0f} GFLOP and {moved / 1e9:.2f} GB an image')
-    kinds = {'plain: float32, NCHW, eager': dict(channels_last=False, amp=None, pointwise=False, fused=False),
-             '+ channels_last': dict(channels_last=True, amp=None, pointwise=False, fused=False),
-             '+ fused Adam': dict(channels_last=True, amp=None, pointwise=False)}
+    kinds = {'plain: float32, NCHW, eager': dict(channels_last=False, amp=None, rewritten=False, fused=False),
+             '+ channels_last': dict(channels_last=True, amp=None, rewritten=False, fused=False),
+             '+ fused Adam': dict(channels_last=True, amp=None, rewritten=False)}
     if amp:
-        kinds[f'+ {str(amp).split(".")[-1]}'] = dict(channels_last=True, amp=amp, pointwise=False)
+        kinds[f'+ {str(amp).split(".")[-1]}'] = dict(channels_last=True, amp=amp, rewritten=False)
     if cuda:
         kinds['+ torch.compile (ours)'] = dict(channels_last=True, amp=amp, compiled=True)
     else:
-        kinds['+ 1x1 convolutions as products (ours)'] = dict(channels_last=True, amp=amp)
+        kinds['+ layers rewritten for a CPU (ours)'] = dict(channels_last=True, amp=amp)
     ways = {name: make_step(model_name, batch, device, **kind)[1] for name, kind in kinds.items()}
     rate = compare(ways, batch, rounds=5, cuda=cuda)['img/s'].iloc[-1]
     print(f'ours is {rate * flops / arithmetic:.1%} of the arithmetic floor ({arithmetic / flops:,.1f} img/s) and '

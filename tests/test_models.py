@@ -4,6 +4,7 @@ import pretrainedmodels
 import pytest
 import timm
 import torch
+from pretrainedmodels.models import senet
 
 from models import backbone as backbones
 from models.backbone import (
@@ -205,12 +206,32 @@ def test_weights_of_a_timm_transformer_fit_another_input_size(monkeypatch):
     load_imagenet(build_backbone('timm/vit_tiny_patch16_224', 64, 128), 'timm/vit_tiny_patch16_224')
 
 
+REWRITTEN = [(lambda stride: backbones.Pointwise(64, 96, 1, stride), torch.nn.Conv2d),
+             (lambda stride: backbones.Grouped(64, 128, 3, stride, 1, groups=16, bias=False), torch.nn.Conv2d),
+             (lambda stride: backbones.SqueezeExcite(64, 4), senet.SEModule)]
+
+
+@pytest.mark.parametrize('dtype, close', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize('stride', [1, 2])
-def test_a_pointwise_convolution_is_a_convolution(stride):
-    layer = backbones.Pointwise(6, 10, 1, stride)
-    x = torch.randn(2, 6, 7, 9).contiguous(memory_format=torch.channels_last)
-    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, stride)
-    assert torch.allclose(layer(x), expected, atol=1e-5)
+@pytest.mark.parametrize('make, plain', REWRITTEN)
+def test_a_rewritten_layer_is_the_plain_one(make, plain, stride, dtype, close):
+    layer = make(stride)
+    x = torch.randn(2, 64, 7, 9).contiguous(memory_format=torch.channels_last)
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = results(layer, x.to(dtype))
+    layer.__class__ = plain
+    for one, other in zip(found, results(layer, x)):
+        assert (one - other).abs().max() <= close * other.abs().max()
+    assert found[1].is_contiguous(memory_format=torch.channels_last)  # or later additions are slow
+
+
+def results(layer, x):
+    """Output, and gradients of input and weights, of a sum with fixed weights."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (y.float() * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
+    return [y.float(), x.grad.float(), *(parameter.grad for parameter in layer.parameters())]
 
 
 def test_folded_batch_norms_change_no_output():
