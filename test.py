@@ -14,7 +14,7 @@ from data.decode import check_images
 from data.images import Crops
 from data.tables import NEW_WHALE, load_tables
 from models.backbone import fold_batch_norms
-from models.whale_net import WhaleNet
+from models.whale_net import whale_net
 from utils import checkpoint
 from utils.constants import SHARED_RULES, read_constants, rule
 from utils.device import amp_dtype, choose_device, compile_network
@@ -145,7 +145,7 @@ class Member:
         made = state['constants']
         size = made['height'], made['width']
         self.name, self.crops, self.gallery = file.name, crops[size], None
-        self.net = WhaleNet(made['model_name'], num_ids * (2 if made['flip_is_new_id'] else 1), *size)
+        self.net = whale_net(made, num_ids * (2 if made['flip_is_new_id'] else 1))
         checkpoint.fill(self.net, state, file)
         self.net.to(c.device, memory_format=torch.channels_last)
         fold_batch_norms(self.net.backbone)

@@ -6,12 +6,14 @@ Several GPUs: torchrun --nproc_per_node=8 -- train.py --batch_size 384; each has
 """
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.augment import augment, flip_labels
@@ -19,7 +21,8 @@ from data.images import MARGIN
 from data.sampler import BatchSampler
 from data.training_set import TrainingSet
 from models.backbone import check_model_name, freeze_early, load_imagenet, train_mode
-from models.whale_net import WhaleNet
+from models.losses import arcface_margins
+from models.whale_net import whale_net
 from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule, write_constants
 from utils.device import amp_dtype, choose_device, compile_network
@@ -39,7 +42,8 @@ freeze = False              # True in steps 2 and 3: train only layer3, layer4 a
 min_num_class = 10          # only ids with at least this many images (validation taken out); 0 in steps 2 and 3: all
 checkPoint_start = 0        # 0: ImageNet weights; or an iteration, 'best' (of the step before), 'last', a path
 lr = 3e-4                   # Adam's step; 3e-5 in step 3
-stages = 'one'              # 'one': the step that the constants above describe; 'all': the rows of `schedule` in one go
+stages = 'one'              # 'one': the step that the constants above describe; 'all': the rows of `schedule` in one go;
+                            # 'cosine': all ids in one step by AdamW, lr rising over a twentieth of it, then falling to 0
 schedule = [(10, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)]          # min_num_class, freeze, lr of each stage
 schedule_scratch = [(0, False, 1e-3), (0, False, 3e-4), (0, False, 1e-4)]  # with pretrained = False: all ids, no freeze
 stage_share = (0.6, 0.25, 0.15)  # of max_minutes, for each stage
@@ -56,10 +60,13 @@ cache_dir = 'results/cache'  # decoded crops: 13 GB for the competition's traini
 cache = 'auto'              # where they are read from: 'device', 'memory', 'disk', 'none' (decode anew), 'auto': what fits
 pretrained = True           # ImageNet weights (a file in weights/, else downloaded); False: random weights
 
-# Loss and batch
+# Network, loss and batch
+pooling = 'mean'            # of the feature map into the embedding; 'gem': generalized mean, its power learned
+strips = 'down'             # of the local branch: 'down' the image or 'across' it
 w_sigmoid = 1.0             # weight of the binary classifiers' loss
 w_triplet = 1.0             # weight of the triplet loss on the global embedding
 w_local = 1.0               # weight of the triplet loss on the aligned strips; 0 leaves the branch out
+w_arcface = 0.0             # weight of ArcFace beside them, two centers a class, margins falling with class size; 0: none
 margin = 0.3                # of both triplet losses
 hardest = 30                # classifiers of each image that teach: those most wrong
 batch_size = 48             # images: 12 x (anchor, positive, another id, new_whale)
@@ -68,8 +75,9 @@ grad_accumulation = 1       # parts a batch is computed in, one after another: l
 images_per_id = 0           # 0: the items above; K: P ids x K images, and a quarter new_whale
 strength = (1.0, 1.0)       # of the augmentation, geometric and photometric: 0 none, 1 the reference's ranges
 strength_scratch = (0.75, 0.5)  # the same with pretrained = False, where full ranges cost too much time (see the README)
-weight_decay = 2e-4         # Adam's L2
+weight_decay = 2e-4         # Adam's L2 (AdamW has 0.05)
 clip = 5.0                  # largest gradient norm
+ema = 0.0                   # above 0, such as 0.998: weights averaged over the iterations are judged and saved
 
 # Running
 max_iters = 100000          # of each step, at the latest
@@ -84,11 +92,14 @@ compile = 'auto'            # torch.compile: 'auto' on a GPU; 'yes', 'no'
 # ----------------------------------------------------------------------------------------------------------------------
 
 RULES = {
-    **SHARED_RULES, **one_of('stages', 'one', 'all'), **rule('model_name', str, bool, 'a text in quotes'),
+    **SHARED_RULES, **one_of('stages', 'one', 'all', 'cosine'),
+    **one_of('pooling', 'mean', 'gem'), **one_of('strips', 'down', 'across'), **rule('model_name', str, bool, 'a text in quotes'),
     **rule('freeze flip_is_new_id pretrained', bool, lambda v: True, 'True or False'),
     **rule('min_num_class images_per_id', int, lambda v: v >= 0, 'a whole number, 0 or more'),
     **rule('hardest grad_accumulation max_iters eval_every patience', int, lambda v: v > 0, 'a whole number above 0'),
-    **rule('w_sigmoid w_triplet w_local margin weight_decay max_minutes', float, lambda v: v >= 0, 'a number, 0 or more'),
+    **rule('w_sigmoid w_triplet w_local w_arcface margin weight_decay max_minutes', float, lambda v: v >= 0,
+           'a number, 0 or more'),
+    **rule('ema', float, lambda v: 0 <= v < 1, '0, or a number below 1 such as 0.998'),
     **rule('lr', float, lambda v: 0 < v < 1, 'a number between 0 and 1'),
     **rule('clip', float, lambda v: v > 0, 'a number above 0'),
     **rule('checkPoint_start', (int, str), lambda v: v != '', "0, an iteration, 'best', 'last' or a path"),
@@ -110,11 +121,12 @@ NEVER = 10 ** 9  # later than any iteration
 def main(argv):
     c = read_constants(__file__, argv, RULES)
     c.model_name = check_model_name(c.model_name)
-    ignored = [name for name in ('min_num_class', 'freeze', 'lr') if c.stages == 'all' and
-               any(part.split('=')[0] == f'--{name}' for part in argv)]
+    unread = {'one': (), 'all': ('min_num_class', 'freeze', 'lr'), 'cosine': ('min_num_class', 'freeze')}[c.stages]
+    ignored = [name for name in unread if any(part.split('=')[0] == f'--{name}' for part in argv)]
     if ignored:
-        raise UserError(f"--{ignored[0]} has no effect with stages = 'all': give it in the rows of schedule "
-                        '(schedule_scratch when pretrained = False)')
+        raise UserError(f"--{ignored[0]} has no effect with stages = '{c.stages}'" + (
+            ': give it in the rows of schedule (schedule_scratch when pretrained = False)' if c.stages == 'all' else
+            ', which trains all ids and layers: leave it out'))
     if c.images_per_id > c.batch_size * 3 // 4:
         raise UserError(f'images_per_id = {c.images_per_id} is more than three quarters of batch_size = {c.batch_size}: '
                         'lower it')
@@ -158,9 +170,9 @@ def main(argv):
 def build(c, step, data, folder, state):
     """The step's network, its early layers frozen if it says so, with the weights of `state`, or those it starts from."""
     torch.manual_seed(c.seed)
-    net = WhaleNet(c.model_name, data.classes, c.height, c.width)
+    net = whale_net(vars(c), data.classes)
     if state['model']:
-        checkpoint.fill(net, state, folder / 'last.pth')
+        checkpoint.fill(net, dict(state, model=state['raw'] or state['model']), folder / 'last.pth')
     elif step['checkPoint_start'] != 0:
         path = checkpoint.find(folder, step['checkPoint_start'], before_step=step['step'])
         loaded = checkpoint.load(path)
@@ -179,10 +191,18 @@ def build(c, step, data, folder, state):
 def train_step(c, step, data, folder, state, clock):
     """Train one step to its end, or until interrupted; returns its last state."""
     net = build(c, step, data, folder, state)
-    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=step['lr'], betas=(0.9, 0.99),
-                                 weight_decay=c.weight_decay, fused=True)
     if not c.w_local:
         net.local.requires_grad_(False)  # it gets no gradient, which other processes would wait for
+    kind, decay = (torch.optim.AdamW, 0.05) if c.stages == 'cosine' else (torch.optim.Adam, c.weight_decay)
+    optimizer = kind([p for p in net.parameters() if p.requires_grad], lr=step['lr'], betas=(0.9, 0.99),
+                     weight_decay=decay, fused=True)
+    judged, averaged = net, None  # the network that is validated and saved
+    if c.ema:
+        averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True)
+        judged = averaged.module
+        if state['model']:
+            judged.load_state_dict(state['model'])
+            averaged.n_averaged.fill_(state['iteration'])
     why_not = compile_network(net, c.compile, c.device)
     model = DistributedDataParallel(net) if ranks.world() > 1 else net  # the same weights; it averages the gradients
     if state['model']:
@@ -194,6 +214,7 @@ def train_step(c, step, data, folder, state, clock):
                            c.seed + 1000 * step['step'])
     strength = c.strength if c.pretrained else c.strength_scratch
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
+    margins = arcface_margins(data.class_sizes(rows)).to(c.device)  # (classes,)
     sums = torch.zeros(len(MEASURED) + 1, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
     bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
     if not state['iteration']:
@@ -206,8 +227,8 @@ def train_step(c, step, data, folder, state, clock):
         say(state, HEADER)
 
     def snapshot(finished=False):
-        return dict(state, model=net.state_dict(), optimizer=optimizer.state_dict(), sums=sums.cpu(), ids=data.ids,
-                    fold_images=data.fold_images,
+        return dict(state, model=judged.state_dict(), raw=net.state_dict() if c.ema else None,
+                    optimizer=optimizer.state_dict(), sums=sums.cpu(), ids=data.ids, fold_images=data.fold_images,
                     finished=finished, elapsed=clock.elapsed(), constants=vars(c), rows=step['rows'], start=step['start'],
                     first=step['first'])
 
@@ -218,12 +239,18 @@ def train_step(c, step, data, folder, state, clock):
     with Interrupt() as interrupt, bar:
         while not state['finished'] and not ranks.any_of(interrupt.asked):
             batch = data.batch(ranks.share(sampler.batch(state['iteration'])), pin='cuda' in c.device)
-            crops, masks, labels, flips = (part.to(c.device, non_blocking=True) for part in batch)
+            crops, masks, labels, flips, weight = (part.to(c.device, non_blocking=True) for part in batch)
             # resumes without stored states; each process has random numbers of its own
             torch.manual_seed((100 * c.seed + step['step']) * 10 ** 8 + state['iteration'] + 10 ** 15 * ranks.rank())
             images = augment(crops, masks, flips, c.height, c.width, MARGIN, strength)  # (B, 4, H, W)
             labels = flip_labels(labels, flips, data.num_ids, c.flip_is_new_id)  # (B,)
-            measured = learn(c, model, optimizer, images, labels, group, amp, state['threshold'])  # (9,)
+            if c.stages == 'cosine':
+                done = clock.elapsed() / clock.limit if c.max_minutes else state['iteration'] / c.max_iters
+                for settings in optimizer.param_groups:
+                    settings['lr'] = step['lr'] * min(20 * done, 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
+            measured = learn(c, model, optimizer, images, labels, group, amp, state['threshold'], margins, weight)  # (10,)
+            if c.ema:
+                averaged.update_parameters(net)
             sums += measured
             bad = torch.where(torch.isfinite(measured[0]), bad, bad.clamp(max=state['iteration']))
             state['iteration'] += 1
@@ -238,7 +265,7 @@ def train_step(c, step, data, folder, state, clock):
             if evaluate_now:
                 began = clock.elapsed()
                 ranks.total(sums).div_(ranks.world())
-                row = evaluate(c, step, data, net, amp, state, sums, sampler)
+                row = evaluate(c, optimizer.param_groups[0]['lr'], step, data, judged, amp, state, sums, sampler)
                 row.update(zip(('img_s', 'left', 'seconds'), pace(c, step, state, began, sums[-1].item())))
                 state['evaluations'] = state['evaluations'] + [row]
                 say(state, format_row(row))
@@ -273,7 +300,7 @@ def save(folder, state):
     write_log(folder, state['log'], state['evaluations'])
 
 
-def evaluate(c, step, data, net, amp, state, sums, sampler):
+def evaluate(c, lr, step, data, net, amp, state, sums, sampler):
     """Score the validation fold (image and mirror) and choose the threshold there; one row of the log, times apart."""
     for buffer in net.buffers() if ranks.world() > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # without a GPU batch norm's statistics differ between processes
@@ -286,7 +313,7 @@ def evaluate(c, step, data, net, amp, state, sums, sampler):
     state['best'] = max(valid_map5, state['best'])
     mean = dict(zip(MEASURED, (sums / sums[-1]).tolist()))
     return dict(step=step['step'], iteration=state['iteration'], epoch=state['iteration'] / sampler.iterations_per_pass,
-                lr=step['lr'], **mean, valid_top1=top_k(places, 1).item(), valid_top5=top_k(places, 5).item(),
+                lr=lr, **mean, valid_top1=top_k(places, 1).item(), valid_top5=top_k(places, 5).item(),
                 valid_map5=valid_map5, threshold=state['threshold'])
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from data.decode import read_image
 from data.images import Crops, cut_crop, raw_size
 from data.tables import load_tables, read_labels
-from models.whale_net import WhaleNet
+from models.whale_net import whale_net
 from utils import checkpoint
 from utils.errors import UserError, exit_clearly
 from utils.files import write_whole
@@ -96,7 +96,7 @@ def untrained(tables, train_labels, test_labels, run):
     """`nearest` by the embedding of the network of results/RUN as it was before training."""
     c = checkpoint.load(checkpoint.find(Path('results') / run, 'best'))['constants']
     torch.manual_seed(c['seed'])
-    net = WhaleNet(c['model_name'], 2 * tables.num_ids, c['height'], c['width'])
+    net = whale_net(c, 2 * tables.num_ids)
     features = []
     for frame in (tables.train, tables.test):
         crops = Crops(frame, c['height'], c['width'], c['cache_dir'])

@@ -28,6 +28,7 @@ class TrainingSet:
         animal = np.arange(self.num_ids) if self.tables.group is None else self.tables.group
         both = np.concatenate([animal, animal + self.num_ids])[:self.classes]  # a mirror image is another animal
         self.group = torch.tensor([*both, 2 * self.num_ids + 1])  # (classes + 1,)
+        self.weight = torch.ones(len(train))  # (n,) how much each image teaches
         self.valid_rows = np.flatnonzero(self.valid)
         self.fold_images = train['Image'].iloc[self.valid_rows].tolist()
         self.valid_truth = self.labels[self.valid_rows].clamp(max=self.num_ids)  # (Q,) N: new_whale
@@ -35,8 +36,13 @@ class TrainingSet:
         self.notes = [f'{len(train)} training images, {self.num_ids} ids, {self.classes} classes; '
                       f'fold {c.fold}: {named.sum()} ids + {(~named).sum()} {NEW_WHALE}', *self.tables.notes, str(self.crops)]
 
+    def class_sizes(self, rows):
+        """Images of each class among `rows` (n,) bool, an id's mirror image having as many as the id: (classes,)."""
+        sizes = torch.bincount(self.labels[torch.from_numpy(rows)], minlength=self.num_ids)[:self.num_ids]
+        return sizes.repeat(self.classes // self.num_ids)
+
     def batch(self, pairs, pin=False):
-        """(row, flip) pairs (B, 2) -> raw crops, masks, labels, flips, in memory that a GPU can read while it computes."""
+        """(row, flip) pairs (B, 2) -> raw crops, masks, labels, flips, weights, in memory that a GPU reads while it computes."""
         rows, flips = pairs.T
-        parts = *self.crops[rows], self.labels[rows], torch.from_numpy(flips.copy())
+        parts = *self.crops[rows], self.labels[rows], torch.from_numpy(flips.copy()), self.weight[rows]
         return [part.pin_memory() if pin and part.device.type == 'cpu' else part for part in parts]

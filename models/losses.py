@@ -3,28 +3,32 @@
 Labels are classes 0..2N-1; 2N is new_whale. `group` (2N + 1,) int64 numbers the animals: classes with one number are
 one animal under several ids, and never each other's negatives. new_whale's own number is never used.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
 
-def sigmoid_ohem_loss(logits, labels, group, hardest=30, named_count=None):
+def sigmoid_ohem_loss(logits, labels, group, hardest=30, named_count=None, weight=None):
     """Every class is its own yes/no question; only the `hardest` questions of each row teach.
 
     logits (B, 2N), labels (B,). With z = (1 - 2y) * logit: the mean softplus(z) over the min(hardest, 2N) largest z of
     each row, plus the mean softplus(-logit) of the true unit over the rows that have one. Softplus of the logit is the
     cross-entropy of its sigmoid, exact however wrong the logit is. `named_count`, a scalar tensor, replaces the number of
     rows with an id where these rows are a part of a batch: the whole batch's number divided by the number of parts.
+    `weight` (B,) says how much each row teaches.
     """
     classes = logits.shape[1]
+    weight = torch.ones_like(logits[:, 0]) if weight is None else weight
     named = labels < classes  # (B,)
     true = labels.clamp(max=classes - 1)[:, None]  # (B, 1); any unit where there is none, masked below
     own = F.one_hot(labels, classes + 1)[:, :classes].bool()  # (B, 2N)
     twin = (group[labels][:, None] == group[None, :classes]) & ~own & named[:, None]  # (B, 2N) same animal, other id
     z = torch.where(own, -logits, logits).masked_fill(twin, -torch.inf)  # (B, 2N)
-    hard = F.softplus(z.topk(min(hardest, classes), dim=1).values).mean()
+    hard = (F.softplus(z.topk(min(hardest, classes), dim=1).values).mean(1) * weight).mean()
     positive = F.softplus(-logits.gather(1, true)[:, 0])  # (B,)
     count = named.sum().clamp(min=1) if named_count is None else named_count
-    return hard + (positive * named).sum() / count
+    return hard + (positive * named * weight).sum() / count
 
 
 def pair_masks(labels, group, classes):
@@ -48,11 +52,11 @@ def hardest_pairs(distance, positive, negative):
     return farthest, nearest, positive.any(1) & negative.any(1)
 
 
-def hinge(to_positive, to_negative, valid, margin):
+def hinge(to_positive, to_negative, valid, margin, weight=None):
     """Mean of max(0, margin + d(a, p) - d(a, n)) over the valid rows, and the share of those rows that are above zero."""
     loss = F.relu(margin + to_positive - to_negative) * valid  # (B,)
     count = valid.sum().clamp(min=1)
-    return loss.sum() / count, ((loss > 0).sum() / count).detach()
+    return (loss if weight is None else loss * weight).sum() / count, ((loss > 0).sum() / count).detach()
 
 
 def euclidean(a, b):
@@ -60,7 +64,7 @@ def euclidean(a, b):
     return ((a - b).square().sum(-1) + 1e-12).sqrt()
 
 
-def batch_hard_triplet_loss(embedding, labels, group, classes, margin=0.3):
+def batch_hard_triplet_loss(embedding, labels, group, classes, margin=0.3, weight=None):
     """Batch-hard triplet loss (arXiv:1703.07737) on L2-normalised (B, C); returns loss and share of active triplets.
 
     Mining needs no gradient, so only the mined pairs are differentiated. No valid triplet: zero, with a graph.
@@ -69,7 +73,7 @@ def batch_hard_triplet_loss(embedding, labels, group, classes, margin=0.3):
     with torch.no_grad():
         distance = 2 - 2 * embedding @ embedding.T  # (B, B) squared Euclidean, of the same order
         p, n, valid = hardest_pairs(distance, positive, negative)
-    return hinge(euclidean(embedding, embedding[p]), euclidean(embedding, embedding[n]), valid, margin)
+    return hinge(euclidean(embedding, embedding[p]), euclidean(embedding, embedding[n]), valid, margin, weight)
 
 
 def shortest_path(dots, a, b):
@@ -114,27 +118,57 @@ def aligned_distances(strips):
     return torch.maximum(table, table.T)
 
 
-def local_triplet_loss(strips, labels, group, classes, margin=0.3):
+def local_triplet_loss(strips, labels, group, classes, margin=0.3, weight=None):
     """Batch-hard triplet loss by the aligned distance of (B, S, 512) strips, mined by that distance itself."""
     positive, negative = pair_masks(labels, group, classes)
     with torch.no_grad():
         p, n, valid = hardest_pairs(aligned_distances(strips), positive, negative)
     both = aligned_distance(strips.repeat(2, 1, 1), strips[torch.cat([p, n])])  # (2B,)
-    return hinge(*both.chunk(2), valid, margin)
+    return hinge(*both.chunk(2), valid, margin, weight)
 
 
-def joint_loss(outputs, labels, group, w_sigmoid, w_triplet, w_local, margin=0.3, hardest=30, named_count=None,
-               gather=lambda rows: rows):
-    """Weighted sum of the three losses; returns it, and its detached parts: sigmoid, triplet, local, active share.
+def arcface_margins(counts):
+    """The angle by which each class must win, of its number of images (classes,): small classes the most.
+
+    0.271 n^-0.364 + 0.05, of the first place of the 2022 Happywhale competition.
+    """
+    return 0.271 * counts.clamp(min=1).float() ** -0.364 + 0.05
+
+
+def arcface_loss(cosines, labels, group, margins, named_count=None, weight=None, scale=20.96):
+    """ArcFace (arXiv:1801.07698) over the rows with an id: cosines (B, classes), margins (classes,) in radians.
+
+    The scale is that of the same first place. `group`, `named_count` and `weight` as in sigmoid_ohem_loss.
+    """
+    classes = cosines.shape[1]
+    named, true = labels < classes, labels.clamp(max=classes - 1)  # (B,)
+    twin = (group[true][:, None] == group[None, :classes]) & (true[:, None] != torch.arange(classes, device=true.device))
+    own = cosines.gather(1, true[:, None])[:, 0].clamp(-1 + 1e-6, 1 - 1e-6)  # (B,)
+    moved = (own.acos() + margins[true]).clamp(max=math.pi).cos()
+    logits = scale * cosines.masked_fill(twin, -1e4).scatter(1, true[:, None], moved[:, None])
+    loss = F.cross_entropy(logits, true, reduction='none') * named  # (B,)
+    return (loss if weight is None else loss * weight).sum() / (
+        named.sum().clamp(min=1) if named_count is None else named_count)
+
+
+def joint_loss(outputs, labels, group, c, margins=None, named_count=None, weight=None, gather=lambda rows: rows):
+    """Sum of the losses, weighted by the constants `c`; returns it, and its detached parts: sigmoid, triplet, local,
+    active share, ArcFace.
 
     `gather` joins the rows of several processes, with their gradients: triplets are mined among all of them.
-    `named_count`: see sigmoid_ohem_loss.
+    `named_count`, `weight`: see sigmoid_ohem_loss; triplets of anchors with a weight count by it.
     """
-    embedding, logits, strips = outputs
+    embedding, logits, strips, cosines = outputs
     classes = logits.shape[1]
-    sigmoid = sigmoid_ohem_loss(logits, labels, group, hardest, named_count)
-    embedding, strips, labels = gather(embedding), gather(strips) if w_local else None, gather(labels)
-    triplet, active = batch_hard_triplet_loss(embedding, labels, group, classes, margin)
-    local = local_triplet_loss(strips, labels, group, classes, margin)[0] if w_local else torch.zeros_like(triplet)
-    total = w_sigmoid * sigmoid + w_triplet * triplet + w_local * local
-    return total, torch.stack([sigmoid.detach(), triplet.detach(), local.detach(), active])
+    sigmoid = sigmoid_ohem_loss(logits, labels, group, c.hardest, named_count, weight)
+    arcface = torch.zeros_like(sigmoid)
+    if c.w_arcface:
+        arcface = arcface_loss(cosines, labels, group, margins, named_count, weight)
+    embedding, strips, labels = gather(embedding), gather(strips) if c.w_local else None, gather(labels)
+    weight = None if weight is None else gather(weight)
+    triplet, active = batch_hard_triplet_loss(embedding, labels, group, classes, c.margin, weight)
+    local = torch.zeros_like(triplet)
+    if c.w_local:
+        local = local_triplet_loss(strips, labels, group, classes, c.margin, weight)[0]
+    total = c.w_sigmoid * sigmoid + c.w_triplet * triplet + c.w_local * local + c.w_arcface * arcface
+    return total, torch.stack([part.detach() for part in (sigmoid, triplet, local, active, arcface)])

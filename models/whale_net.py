@@ -11,15 +11,20 @@ LOGIT_SCALE = 16.0  # the embedding has length 1: without a scale its logits cou
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+SUBCENTERS = 2  # of each class in the ArcFace head: photographs of one animal may form more than one heap
+
+
 class WhaleNet(nn.Module):
-    """Input (B, 4, H, W): RGB in 0..1, mask 0/1. Output: embedding (B, C), logits (B, classes), strips (B, S, 512).
+    """Input (B, 4, H, W): RGB in 0..1, mask 0/1. Output: embedding (B, C), logits (B, classes), strips (B, S, 512) and,
+    with `arcface`, cosines (B, classes) of its own classes; None for what is not there.
 
     The embedding (after the batch norm neck and L2, as in arXiv:1903.07071) serves classifiers, triplet loss and
     gallery alike. `classes` is 2N: the ids, then their mirror images; new_whale has no unit.
     """
 
-    def __init__(self, model_name, classes, height=256, width=512):
+    def __init__(self, model_name, classes, height=256, width=512, pooling='mean', strips='down', arcface=False):
         super().__init__()
+        self.pooling, self.across = pooling, strips == 'across'
         self.backbone = build_backbone(model_name, height, width)
         channels = self.backbone.channels
         self.neck = nn.BatchNorm1d(channels)
@@ -30,14 +35,33 @@ class WhaleNet(nn.Module):
         self.register_buffer('std', torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         nn.init.normal_(self.head.weight, std=0.001)  # every classifier starts undecided
         nn.init.zeros_(self.head.bias)
+        if pooling == 'gem':  # generalized mean, arXiv:1711.02512: its power begins at 3 and is learned
+            self.power = nn.Parameter(torch.tensor(3.0))
+        if arcface:
+            self.centers = nn.Parameter(nn.init.xavier_normal_(torch.empty(classes * SUBCENTERS, channels)))
 
     def forward(self, images, local=True):
         rgb = (images[:, :3] - self.mean) / self.std
         features = self.backbone(torch.cat([rgb, images[:, 3:]], 1))  # (B, C, h, w)
         with torch.autocast(images.device.type, enabled=False):  # bf16 has 8 bits: thousands of logits would tie
-            embedding = F.normalize(self.neck(features.float().mean((2, 3))))  # (B, C)
+            embedding = F.normalize(self.neck(self.pool(features.float())))  # (B, C)
             logits = LOGIT_SCALE * self.head(embedding)  # (B, 2N)
+            cosines = None
+            if hasattr(self, 'centers') and self.training:
+                cosines = (embedding @ F.normalize(self.centers).T).unflatten(1, (-1, SUBCENTERS)).amax(2)  # (B, 2N)
         if not local:
-            return embedding, logits, None
-        strips = F.normalize(self.local(features).mean(3).float(), dim=1).transpose(1, 2)  # (B, h, 512)
-        return embedding, logits, strips
+            return embedding, logits, None, cosines
+        strips = self.local(features).mean(2 if self.across else 3).float()  # (B, 512, w or h)
+        return embedding, logits, F.normalize(strips, dim=1).transpose(1, 2), cosines
+
+    def pool(self, features):
+        """(B, C, h, w) -> (B, C)."""
+        if self.pooling == 'mean':
+            return features.mean((2, 3))
+        return features.clamp(min=1e-6).pow(self.power).mean((2, 3)).pow(1 / self.power)
+
+
+def whale_net(made, classes):
+    """The network that the constants of a training describe; `made` is a dict, as a checkpoint holds them."""
+    return WhaleNet(made['model_name'], classes, made['height'], made['width'], made.get('pooling', 'mean'),
+                    made.get('strips', 'down'), made.get('w_arcface', 0) > 0)

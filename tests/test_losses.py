@@ -1,5 +1,6 @@
 """Each loss against an independent oracle: another library, or a plain double loop."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from pytorch_metric_learning import distances, losses, miners
 from models.losses import (
     aligned_distance,
     aligned_distances,
+    arcface_loss,
+    arcface_margins,
     batch_hard_triplet_loss,
     hardest_pairs,
     joint_loss,
@@ -177,6 +180,43 @@ def test_parts_of_a_batch_add_up_to_it():
 
 def test_joint_loss_is_the_weighted_sum():
     embedding, labels = make_batch()
-    outputs = embedding, torch.randn(24, CLASSES), F.normalize(torch.randn(24, 4, 16), dim=2)
-    total, parts = joint_loss(outputs, labels, no_twins(), 2.0, 3.0, 5.0)
-    assert total.item() == pytest.approx((parts[:3] * torch.tensor([2.0, 3.0, 5.0])).sum().item(), rel=1e-5)
+    cosines = torch.rand(24, CLASSES) * 2 - 1
+    outputs = embedding, torch.randn(24, CLASSES), F.normalize(torch.randn(24, 4, 16), dim=2), cosines
+    c = SimpleNamespace(w_sigmoid=2.0, w_triplet=3.0, w_local=5.0, w_arcface=7.0, margin=0.3, hardest=30)
+    total, parts = joint_loss(outputs, labels, no_twins(), c, torch.full((CLASSES,), 0.2))
+    assert total.item() == pytest.approx((parts * torch.tensor([2.0, 3.0, 5.0, 0.0, 7.0])).sum().item(), rel=1e-5)
+
+
+def test_weights_of_images_count_in_every_loss():
+    """An image of weight 0 teaches nothing as an anchor and as a row; all weights 2 double each part."""
+    embedding, labels = make_batch()
+    strips, logits, cosines = F.normalize(torch.randn(24, 4, 16), dim=2), torch.randn(24, CLASSES), torch.rand(24, CLASSES)
+    c = SimpleNamespace(w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, w_arcface=1.0, margin=0.3, hardest=30)
+    margins = torch.full((CLASSES,), 0.2)
+
+    def parts(weight):
+        return joint_loss((embedding, logits, strips, cosines), labels, no_twins(), c, margins, weight=weight)[1][[0, 1, 2, 4]]
+
+    assert torch.allclose(parts(torch.ones(24)), parts(None)) and torch.allclose(parts(torch.full((24,), 2.0)), 2 * parts(None))
+    assert parts(torch.zeros(24)).eq(0).all()
+    each = sum(parts(torch.eye(24)[row]) for row in range(24))
+    assert torch.allclose(each, parts(None), rtol=1e-4) and (parts(torch.eye(24)[0]) < parts(None)).all()
+
+
+def test_arcface_against_a_plain_reference():
+    labels, margins = torch.tensor([2, 0, CLASSES, 5]), torch.linspace(0.1, 0.4, CLASSES)
+    cosines, group = torch.rand(4, CLASSES) * 2 - 1, no_twins()
+    group[3] = group[2]  # class 3 is another name of class 2
+    losses = []
+    for row, label in [(0, 2), (1, 0), (3, 5)]:
+        angle = math.acos(cosines[row, label]) + margins[label].item()
+        values = [20.96 * (math.cos(min(angle, math.pi)) if k == label else cosines[row, k].item()) for k in range(CLASSES)
+                  if (row, k) != (0, 3)]
+        own = 20.96 * math.cos(min(angle, math.pi))
+        losses.append(math.log(sum(math.exp(value - own) for value in values)))
+    assert arcface_loss(cosines, labels, group, margins).item() == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+def test_arcface_margins_are_those_of_happywhale():
+    expected = [0.321, 0.271 * 20 ** -0.364 + 0.05, 0.321]
+    assert arcface_margins(torch.tensor([1, 20, 0])).tolist() == pytest.approx(expected, rel=1e-5)

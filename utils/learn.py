@@ -6,29 +6,30 @@ from types import SimpleNamespace
 import torch
 
 from models.losses import joint_loss
-from models.whale_net import WhaleNet
+from models.whale_net import whale_net
 from utils import ranks
 from utils.device import amp_dtype
 from utils.metrics import average_precision, rank_of_truth, top_k
 
-MEASURED = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')  # and a count
+MEASURED = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'arcface', 'train_map5', 'train_top1', 'train_top5')  # and a count
 
 
-def learn(c, model, optimizer, images, labels, group, amp, threshold):
+def learn(c, model, optimizer, images, labels, group, amp, threshold, margins=None, weight=None):
     """One step of the optimizer on a batch, in `grad_accumulation` parts.
 
-    Returns (9,): what MEASURED names, and 1. Nothing here waits for the device.
+    `margins` (classes,) of ArcFace; `weight` (B,): how much each image teaches. Returns (10,): what MEASURED names,
+    and 1. Nothing here waits for the device.
     """
     optimizer.zero_grad(set_to_none=True)
     parts, classes = c.grad_accumulation, len(group) - 1
     named = ranks.total((labels < classes).sum().float()).clamp(min=1) / (parts * ranks.world())
     measured = torch.zeros(len(MEASURED) + 1, device=images.device)
-    for number, (some, truth) in enumerate(zip(images.chunk(parts), labels.chunk(parts)), 1):
+    weight = torch.ones_like(images[:, 0, 0, 0]) if weight is None else weight
+    for number, (some, truth, share) in enumerate(zip(*(whole.chunk(parts) for whole in (images, labels, weight))), 1):
         with model.no_sync() if number < parts and ranks.world() > 1 else nullcontext():  # gradients are averaged once
             with torch.autocast(images.device.type, amp, enabled=amp is not None):
                 outputs = model(some.contiguous(memory_format=torch.channels_last), local=c.w_local > 0)
-            loss, losses = joint_loss(outputs, truth, group, c.w_sigmoid, c.w_triplet, c.w_local, c.margin, c.hardest,
-                                      named, ranks.gather)
+            loss, losses = joint_loss(outputs, truth, group, c, margins, named, share, ranks.gather)
             (loss / parts).backward()
         with torch.no_grad():
             place = rank_of_truth(outputs[1].sigmoid(), truth, threshold)  # (B / parts,)
@@ -48,12 +49,13 @@ def out_of_memory(c, data, part):
         if 'cuda' in c.device:
             torch.cuda.empty_cache()
         try:
-            net = WhaleNet(c.model_name, data.classes, c.height, c.width).to(c.device, memory_format=torch.channels_last)
+            net = whale_net(vars(c), data.classes).to(c.device, memory_format=torch.channels_last)
             optimizer = torch.optim.Adam(net.parameters())
             amp, labels = amp_dtype(c.precision, c.device), torch.zeros(size, dtype=torch.int64, device=c.device)
             small = SimpleNamespace(**{**vars(c), 'grad_accumulation': 1})
             images = torch.zeros(size, 4, c.height, c.width, device=c.device)
-            learn(small, net, optimizer, images, labels, data.group.to(c.device), amp, 0.5)
+            learn(small, net, optimizer, images, labels, data.group.to(c.device), amp, 0.5,
+                  torch.zeros(data.classes, device=c.device))
             fits = size
         except torch.OutOfMemoryError:
             net = optimizer = images = None

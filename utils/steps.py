@@ -10,7 +10,8 @@ from utils import checkpoint
 from utils.errors import UserError
 
 STEP = ('freeze', 'min_num_class', 'lr', 'checkPoint_start')
-FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed', 'pretrained')  # of a run, over all its steps
+FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed', 'pretrained', 'pooling', 'strips',
+         'w_arcface', 'ema')  # of a run, over all its steps
 
 
 def plan(c, folder):
@@ -18,8 +19,8 @@ def plan(c, folder):
 
     No steps: the training is finished, which is said. Raises UserError when the folder holds another training.
     """
-    if c.stages == 'one':
-        rows, shares = [(c.min_num_class, c.freeze, c.lr)], [1.0]
+    if c.stages != 'all':
+        rows, shares = [(0, False, c.lr) if c.stages == 'cosine' else (c.min_num_class, c.freeze, c.lr)], [1.0]
     else:
         rows, shares = (c.schedule if c.pretrained else c.schedule_scratch), c.stage_share
         if len(shares) != len(rows):
@@ -53,7 +54,7 @@ def plan(c, folder):
 
 def fresh(previous, step, elapsed):
     """The state of a step that has not begun."""
-    return dict(step=step['step'], iteration=0, model=None, optimizer=None, finished=False, best=0.0, since_best=0, kept=[],
-                threshold=0.5, sums=None, fold_images=previous['fold_images'] if previous else None,
+    return dict(step=step['step'], iteration=0, model=None, raw=None, optimizer=None, finished=False, best=0.0,
+                since_best=0, kept=[], threshold=0.5, sums=None, fold_images=previous['fold_images'] if previous else None,
                 elapsed=elapsed, mark=elapsed, log=previous['log'] if previous else [],
                 evaluations=previous['evaluations'] if previous else [])
