@@ -60,6 +60,8 @@ cache_dir = 'results/cache'  # decoded crops: 13 GB for the competition's traini
 cache = 'auto'              # where they are read from: 'device', 'memory', 'disk', 'none' (decode anew), 'auto': what fits
 pretrained = True           # ImageNet weights (a file in weights/, else downloaded); False: random weights
 
+pseudo_label_weight = 0.0   # above 0: learn from pseudo_labels.csv too, which test.py writes; 1: as much as from true labels
+
 # Network, loss and batch
 pooling = 'mean'            # of the feature map into the embedding; 'gem': generalized mean, its power learned
 strips = 'down'             # of the local branch: 'down' the image or 'across' it
@@ -97,7 +99,7 @@ RULES = {
     **rule('freeze flip_is_new_id pretrained', bool, lambda v: True, 'True or False'),
     **rule('min_num_class images_per_id', int, lambda v: v >= 0, 'a whole number, 0 or more'),
     **rule('hardest grad_accumulation max_iters eval_every patience', int, lambda v: v > 0, 'a whole number above 0'),
-    **rule('w_sigmoid w_triplet w_local w_arcface margin weight_decay max_minutes', float, lambda v: v >= 0,
+    **rule('w_sigmoid w_triplet w_local w_arcface margin weight_decay max_minutes pseudo_label_weight', float, lambda v: v >= 0,
            'a number, 0 or more'),
     **rule('ema', float, lambda v: 0 <= v < 1, '0, or a number below 1 such as 0.998'),
     **rule('lr', float, lambda v: 0 < v < 1, 'a number between 0 and 1'),

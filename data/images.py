@@ -88,7 +88,8 @@ class Crops:
         self.failed = {}  # row -> why its file, whose header was sound, could not be decoded; such rows are black
         self.workers = workers or os.cpu_count()
         self.bytes = self.count * self.height * self.width * 3 + self.count * self.height * self.width // 8
-        folder = Path(cache_dir) / self._key(frame)
+        self.key = self._key(frame)
+        folder = Path(cache_dir) / self.key
         self.cache = choose_cache(self.bytes, folder, device) if cache == 'auto' else cache
         if self.cache == 'none':
             return

@@ -26,7 +26,7 @@ class Tables:
 
     ids: the N names in sorted order. group: (N,) int64, equal for ids of one whale; None: unknown.
     train: a row an image: Image, Id, label (int64), path, x0, y0, x1, y1 (pixels; NaN: no box), mask_path and
-        mask_rle (str or None), source ('train' or 'playground').
+        mask_rle (str or None), source ('train', 'playground' or 'pseudo').
     test: the same without Id, label and source; may be empty. notes: a line for each optional part.
     """
     data_dir: Path
@@ -41,11 +41,12 @@ class Tables:
         return len(self.ids)
 
 
-def load_tables(data_dir, flip_is_new_id=True, check_files=True):
+def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
     """Read and check the tables under `data_dir`; a UserError names the file, the lines and what to do.
 
     new_whale's label is 2N, or N where a mirrored animal is the same animal (`flip_is_new_id` False).
-    With `check_files` False the images listed need not exist.
+    With `check_files` False the images listed need not exist. With `pseudo` the images of pseudo_labels.csv join the
+    training table, from test/ and playground/train/.
     """
     data_dir, csv, notes = Path(data_dir), Path(data_dir) / 'train.csv', []
     if not csv.is_file():
@@ -59,6 +60,8 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True):
     _find_images(train, data_dir / 'train', csv, check_files, notes)
     playground = _read_playground(data_dir / 'playground', ids, train, check_files, notes)
     train = pd.concat([train, playground], ignore_index=True)
+    if pseudo:
+        train = pd.concat([train, _read_pseudo_labels(data_dir, ids, train, notes)], ignore_index=True)
     label = train['Id'].map(dict(zip(ids, range(len(ids)))))
     train['label'] = label.fillna((2 if flip_is_new_id else 1) * len(ids)).astype('int64')
     test = _read_test(data_dir, check_files, notes)
@@ -68,6 +71,44 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True):
     columns = ['path', *BOX, 'mask_path', 'mask_rle']
     train, test = train[['Image', 'Id', 'label', *columns, 'source']], test[['Image', *columns]]
     return Tables(data_dir, ids, train, test, group, notes)
+
+
+def unlabelled_playground(tables):
+    """The playground's images that have no label of `tables.ids`: as `tables.test`, to be given one."""
+    folder = tables.data_dir / 'playground' / 'train'
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    frame = pd.DataFrame({'Image': [name for name in names if not name.startswith('.')]}, dtype=str)
+    frame = frame[~frame['Image'].isin([*tables.train['Image'], *tables.test['Image']])].reset_index(drop=True)
+    frame['path'] = str(folder) + os.sep + frame['Image']
+    _add_boxes((frame,), tables.data_dir / 'bboxes.csv', [])
+    _add_masks((frame,), tables.data_dir / 'masks', tables.data_dir / 'masks.csv', [])
+    return frame.assign(bad=False)
+
+
+def read_photographs(source, data_dir):
+    """Named photographs elsewhere: in a folder of folders, each named as an id, or listed in a CSV (Image,Id) beside them.
+
+    A frame of Image (in a folder of folders: ID/NAME), Id, path, and the boxes and masks that `data_dir` has by NAME.
+    """
+    source = Path(source)
+    if source.is_dir():
+        found = [path for folder in sorted(source.iterdir()) if folder.is_dir() for path in sorted(folder.iterdir())
+                 if not path.name.startswith('.')]
+        if not found:
+            raise UserError(f'{source} holds no folders with photographs: make one for each id, named as the id')
+        table = pd.DataFrame({'Image': [path.name for path in found], 'Id': [path.parent.name for path in found],
+                              'path': list(map(str, found))})
+        _refuse(source, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them', 'write _ in its place')
+    elif source.is_file():
+        table = read_labels(source)
+        _find_images(table, source.parent, source, True, [])
+    else:
+        raise UserError(f'{source} is not there: name a folder of folders, or a CSV with the columns Image and Id')
+    _refuse(source, table, table['Id'] == NEW_WHALE, f'has photographs of {NEW_WHALE}', 'give each animal a name')
+    table = table.reset_index(drop=True)
+    _add_boxes((table,), Path(data_dir) / 'bboxes.csv', [])
+    _add_masks((table,), Path(data_dir) / 'masks', Path(data_dir) / 'masks.csv', [])
+    return table.assign(Image=table['Id'] + '/' + table['Image']) if source.is_dir() else table
 
 
 def validation_fold(train, fold, seed=0):
@@ -185,6 +226,24 @@ def _read_playground(folder, ids, train, check_files, notes):
                  f'{(is_known & is_listed).sum()} that train.csv lists already')
     table = table[is_known & ~is_listed].copy()
     _find_images(table, folder / 'train', csv, check_files and len(table) > 0, [])
+    return table
+
+
+def _read_pseudo_labels(data_dir, ids, train, notes):
+    """Rows of pseudo_labels.csv: images of test/ and playground/train/ with the ids that a network gave them."""
+    csv = data_dir / 'pseudo_labels.csv'
+    if not csv.is_file():
+        raise UserError(f'{csv} is not there: write it with test.py (pseudo_label_min_score), or set pseudo_label_weight = 0')
+    table = read_labels(csv).assign(source='pseudo')
+    _refuse(csv, table, ~table['Id'].isin([*ids, NEW_WHALE]), 'has ids that train.csv has not', 'write the file anew')
+    listed = table['Image'].isin(train['Image'])
+    table = table[~listed].copy()
+    folders = [data_dir / 'test', data_dir / 'playground' / 'train']
+    table['path'] = [next((path for path in (f'{folder}{os.sep}{name}' for folder in folders) if os.path.exists(path)), '')
+                     for name in table['Image']]
+    _refuse(csv, table, table['path'] == '', 'has images that are neither in test/ nor in playground/train/', 'write it anew')
+    notes.append(f'pseudo_labels.csv: {(table["Id"] != NEW_WHALE).sum()} images of ids and {(table["Id"] == NEW_WHALE).sum()} '
+                 f'of {NEW_WHALE} join training; {listed.sum()} left out that have a label already')
     return table
 
 

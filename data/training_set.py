@@ -3,6 +3,7 @@ import numpy as np
 import torch
 
 from data.decode import check_images
+from data.duplicates import fingerprints, same_photographs
 from data.images import Crops
 from data.tables import NEW_WHALE, load_tables, training_rows, validation_fold
 from utils.errors import UserError
@@ -12,7 +13,8 @@ class TrainingSet:
     """`c` holds train.py's constants; `min_num_classes` those of all steps to come, each of which must have images."""
 
     def __init__(self, c, min_num_classes):
-        self.tables = check_images(load_tables(c.data_dir, c.flip_is_new_id), c.skip_bad_images)
+        tables = load_tables(c.data_dir, c.flip_is_new_id, pseudo=c.pseudo_label_weight > 0)
+        self.tables = check_images(tables, c.skip_bad_images)
         train = self.tables.train.sort_values('Image', ignore_index=True)  # the CSV's order changes nothing
         self.train, self.ids, self.num_ids = train, self.tables.ids, self.tables.num_ids
         self.classes = self.num_ids * (2 if c.flip_is_new_id else 1)
@@ -21,20 +23,33 @@ class TrainingSet:
         readable = self.crops.readable(c.skip_bad_images)
         fold = validation_fold(train, c.fold)  # (n,) bool
         self.valid = fold & readable
-        self.rows = {number: training_rows(train, fold, number) & readable for number in min_num_classes}
+        is_pseudo = (train['source'] == 'pseudo').to_numpy()
+        seen = self._same_as(fold, is_pseudo)  # a test photograph that validates under another name
+        self.rows = {number: training_rows(train, fold, number) & readable & ~seen for number in min_num_classes}
+        self.weight = torch.from_numpy(np.where(is_pseudo, c.pseudo_label_weight, 1.0)).float()  # (n,) how much each teaches
         fewest = min(rows.sum() for rows in self.rows.values())
         if c.batch_size > fewest:
             raise UserError(f'batch_size = {c.batch_size} is more than the {fewest} training images; lower it')
         animal = np.arange(self.num_ids) if self.tables.group is None else self.tables.group
         both = np.concatenate([animal, animal + self.num_ids])[:self.classes]  # a mirror image is another animal
         self.group = torch.tensor([*both, 2 * self.num_ids + 1])  # (classes + 1,)
-        self.weight = torch.ones(len(train))  # (n,) how much each image teaches
         self.valid_rows = np.flatnonzero(self.valid)
         self.fold_images = train['Image'].iloc[self.valid_rows].tolist()
         self.valid_truth = self.labels[self.valid_rows].clamp(max=self.num_ids)  # (Q,) N: new_whale
         named = self.labels[self.valid_rows] < self.classes
         self.notes = [f'{len(train)} training images, {self.num_ids} ids, {self.classes} classes; '
                       f'fold {c.fold}: {named.sum()} ids + {(~named).sum()} {NEW_WHALE}', *self.tables.notes, str(self.crops)]
+        if seen.any():
+            self.notes.append(f'{seen.sum()} pseudo-labelled images left out that show a photograph of the fold')
+
+    def _same_as(self, some, others):
+        """Which rows among `others` show a photograph of `some`, by perceptual fingerprint; all (n,) bool."""
+        same = np.zeros(len(self.train), bool)
+        if others.any():
+            paths = self.train['path'].to_numpy()
+            _, found = same_photographs(fingerprints(paths[some]), fingerprints(paths[others]))
+            same[np.flatnonzero(others)[found]] = True
+        return same
 
     def class_sizes(self, rows):
         """Images of each class among `rows` (n,) bool, an id's mirror image having as many as the id: (classes,)."""

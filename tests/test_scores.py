@@ -1,9 +1,10 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 
 from data.images import MARGIN, raw_size
-from utils.scores import Gallery, fuse, predict
+from utils.scores import Gallery, calibrate, fuse, predict
 
 HEIGHT, WIDTH, IDS = 16, 32, 3
 
@@ -20,7 +21,7 @@ class StubNet(torch.nn.Module):
         assert not local and not self.training
         self.batches.append(len(images))
         halves = images[:, :3].unflatten(3, (2, WIDTH // 2)).mean((1, 2, 4))  # (B, 2)
-        return F.normalize(halves), halves @ self.to_logits, None
+        return F.normalize(halves), halves @ self.to_logits, None, None
 
 
 class StubCrops:
@@ -83,7 +84,7 @@ def test_the_network_sees_the_box_without_its_margin():
         def forward(self, images, local):
             assert images.shape == (4, 4, 64, 128)
             assert torch.allclose(images[:, :3], torch.tensor(100 / 255)) and (images[:, 3] == 1).all()
-            return images.mean((2, 3)), images.new_zeros(4, 2 * IDS), None
+            return images.mean((2, 3)), images.new_zeros(4, 2 * IDS), None, None
 
     predict(Look(), Framed(), np.arange(2), 64, 128, IDS)
 
@@ -108,3 +109,26 @@ def test_fuse():
     assert torch.equal(fuse(classifier, gallery, 0.0), classifier)
     assert torch.equal(fuse(classifier, gallery, 1.0), gallery)
     assert torch.allclose(fuse(classifier, gallery, 0.25), 0.75 * classifier + 0.25 * gallery)
+    fused = fuse(classifier[:, :3], gallery, 0.25)  # the last id has no classifier
+    assert torch.allclose(fused[:, :3], 0.75 * classifier[:, :3] + 0.25 * gallery[:, :3])
+    assert torch.equal(fused[:, 3], gallery[:, 3])
+
+
+def test_calibration_is_that_of_scikit_learn():
+    """Pairs whose chance of being one animal is a sigmoid of their likeness: the sigmoid is found again."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(400, 30, generator=generator)
+    truth = torch.where(torch.rand(400, generator=generator) < 0.3, 30, (8 * scores).softmax(1).multinomial(
+        1, generator=generator)[:, 0])
+    curve = calibrate(scores, truth, hardest=30)
+    target = F.one_hot(truth, 31)[:, :30].flatten()
+    oracle = LogisticRegression(C=1e6, tol=1e-8).fit(scores.flatten()[:, None].numpy(), target.numpy())
+    points = torch.linspace(0, 1, 11)
+    assert torch.allclose(curve(points), torch.from_numpy(oracle.predict_proba(points[:, None].numpy())[:, 1]).float(), atol=2e-3)
+    assert (curve(points).diff() > 0).all() and 0 < curve(points).min()
+
+
+def test_calibration_of_too_little_still_rises():
+    for truth in (torch.tensor([4, 4]), torch.tensor([0, 4]), torch.tensor([3, 3])):
+        values = calibrate(torch.tensor([[0.9, 0.5, 0.4, 0.3]] * 2), truth)(torch.linspace(0, 1, 5))
+        assert values.isfinite().all() and (values.diff() >= 0).all()

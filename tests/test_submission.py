@@ -1,11 +1,13 @@
 """test.py: from a checkpoint to submission.csv."""
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import test as answer
-from tests.conftest import add_photographs, assert_refused, cut, edit_table, first_row, snapshot
+from tests.conftest import add_photographs, assert_refused, cut, draw, edit_table, first_row, snapshot, spy_on_batches
+from utils import member
 
 
 @pytest.fixture
@@ -73,7 +75,8 @@ def test_several_checkpoints_are_averaged(trained):
 
 def test_weight_and_threshold_are_chosen_on_validation(trained, monkeypatch):
     asked = []
-    monkeypatch.setattr(answer, 'choose_threshold', lambda scores, truth: asked.append(len(scores)) or (0.25, 0.5))
+    for module in (answer, member):
+        monkeypatch.setattr(module, 'choose_threshold', lambda scores, truth: asked.append(len(scores)) or (0.25, 0.5))
     folder = trained.answer().folder
     assert set(asked) == {3}  # the fold has 2 ids and 1 new_whale
     assert scores(folder)[1] == 0.25
@@ -117,7 +120,7 @@ def test_a_checkpoint_of_other_ids_is_refused(trained, photos):
 
 def test_the_images_that_the_training_left_out_validate_whatever_comes_to_the_table(trained, photos, work, monkeypatch):
     seen = []
-    monkeypatch.setattr(answer, 'predict', lambda net, crops, rows, *args, real=answer.predict, **kwargs:
+    monkeypatch.setattr(member, 'predict', lambda net, crops, rows, *args, real=member.predict, **kwargs:
                         seen.append(list(rows)) or real(net, crops, rows, *args, **kwargs))
     left_out = torch.load(work / 'results/r/best.pth', weights_only=True)['fold_images']
     add_photographs(photos)
@@ -134,9 +137,135 @@ def test_answers_do_not_depend_on_how_many_images_are_seen_at_a_time(trained):
     assert np.allclose(scores(folder)[0], table, atol=2e-3)
 
 
-def test_checkpoints_of_different_folds_are_refused(trained):
-    other = trained.train(run='other', fold=1, max_iters=1).folder
-    assert_refused(trained.answer(checkPoint_start=f'best,{other}/best.pth'), 'fold')
+def test_members_of_other_folds_and_their_own_validation(trained, work, monkeypatch):
+    """Each validation image counts the members that did not learn from it; a warning says that they differ."""
+    trained.train(run='other', fold=1, max_iters=4, eval_every=2, seed=1)
+    fixed = dict(gallery_weight=0.25, threshold=0.5)
+    alone = [scores(trained.answer(run=run, **fixed).folder)[0] for run in ('r', 'other')]
+    asked = []
+    monkeypatch.setattr(answer, 'choose_threshold', lambda table, truth, real=answer.choose_threshold:
+                        asked.append((table, truth)) or real(table, truth))
+    both = trained.answer(run='r,other', weights='(3, 1)', **fixed)
+    assert 'different images' in both.out and both.out.count('validation MAP@5') == 5
+    assert len(asked[-1][0]) == 6 - len(set(fold_images('r')) & set(fold_images('other')))
+    assert asked[-1][0].isfinite().all() and (asked[-1][0] <= 1).all()
+    from_files = trained.answer(run='results/r/scores.npz,results/other/scores.npz', weights='(3, 1)', threshold=0.5)
+    assert from_files.code == 0
+    assert_same_answers(work / 'results/ensemble', 0.75 * alone[0] + 0.25 * alone[1])
+
+
+def fold_images(run):
+    return torch.load(f'results/{run}/best.pth', weights_only=True)['fold_images']
+
+
+def assert_same_answers(folder, mean, threshold=0.5):
+    """The first label of each image is that of these scores, where float16 leaves no doubt."""
+    labels = answers(folder)['Id'].str.split().str[0].tolist()
+    with np.load('results/r/scores.npz') as file:
+        ids = file['ids'].tolist()
+    for label, row in zip(labels, mean):
+        top = np.sort(row)[-2:]
+        if abs(top[1] - threshold) > 2e-3 and top[1] - top[0] > 2e-3:
+            assert label == (ids[row.argmax()] if top[1] >= threshold else 'new_whale')
+
+
+def test_members_must_fit_each_other(trained):
+    trained.answer()
+    assert_refused(trained.answer(run='r,results/r/scores.npz', weights='(1, 2, 3)'), 'weights', '2 members')
+    with np.load('results/r/scores.npz') as file:
+        content = dict(file)
+    np.savez('results/other.npz', **dict(content, images=content['images'][::-1]))
+    assert_refused(trained.answer(run='r,results/other.npz'), 'other images')
+    np.savez('results/other.npz', **dict(content, ids=content['ids'][::-1]))
+    assert_refused(trained.answer(run='r,results/other.npz'), 'other ids')
+    np.savez('results/other.npz', images=content['images'])
+    assert_refused(trained.answer(run='r,results/other.npz'), 'other.npz', 'no scores')
+
+
+# Enrolment
+
+@pytest.fixture
+def season(drawn, tmp_path):
+    """Two new animals with two photographs each, and one more of a known one: a folder of folders."""
+    rng = np.random.default_rng(5)
+    for animal, name in [(500, 'w_new1'), (501, 'w_new2')]:
+        (tmp_path / 'season' / name).mkdir(parents=True)
+        for number in range(2):
+            draw(tmp_path / 'season' / name / f'{number}.jpg', animal, rng)
+    (tmp_path / 'season' / 'w_3').mkdir()
+    draw(tmp_path / 'season/w_3/0.jpg', 3, rng)
+    return tmp_path / 'season'
+
+
+def test_enrolled_animals_are_answered_and_the_others_stay_as_they_were(scripts, season, photos):
+    trained, rng = scripts, np.random.default_rng(9)
+    trained.train(max_iters=60, eval_every=60, lr=3e-3)
+    draw(photos / 'test/t05.jpg', 500, rng)  # now a photograph of the new animal
+    before = scores(trained.answer(data_dir=photos, gallery_weight=0.5, threshold=0.5).folder)[0]
+    enrolled = trained.answer(data_dir=photos, enrol=season)
+    assert enrolled.code == 0 and '5 photographs of 3 ids enrolled' in enrolled.out and '2 ids beside the 10' in enrolled.out
+    result = trained.answer(data_dir=photos, gallery_weight=0.5, threshold=0.5)
+    after = scores(result.folder)[0]
+    assert after.shape == (12, 12)
+    others = [number for number in range(10) if number != 3]
+    assert np.allclose(after[:, others], before[:, others], atol=5e-3)
+    labels = answers(result.folder).set_index('Image')['Id']
+    new = [label for label in labels['t05.jpg'].split() if label != 'new_whale']
+    assert new[0] == 'w_new1' and after[5, 10] > 2 * after[5, 11]
+    again = trained.answer(data_dir=photos, enrol=season)  # what is there already is not added twice
+    assert '0 photographs of 0 ids' in again.out
+
+
+def test_enrolment_from_a_csv(trained, season):
+    table = pd.DataFrame({'Image': ['0.jpg', '1.jpg'], 'Id': ['w_a', 'w_b']})
+    table.to_csv(season / 'w_new1/animals.csv', index=False)
+    assert '2 photographs of 2 ids' in trained.answer(enrol=season / 'w_new1/animals.csv').out
+
+
+def test_what_cannot_be_enrolled_is_said_and_the_gallery_stays(trained, season):
+    trained.answer()
+    gallery = (trained.answer().folder / 'gallery_best.npz').read_bytes()
+    assert_refused(trained.answer(enrol='nowhere'), 'nowhere')
+    cut(season / 'w_new1/1.jpg')
+    assert_refused(trained.answer(enrol=season), 'w_new1/1.jpg')
+    (season / 'w_new1').rename(season / 'a name')
+    assert_refused(trained.answer(enrol=season), 'space')
+    (season / 'a name').rename(season / 'new_whale')
+    assert_refused(trained.answer(enrol=season), 'new_whale')
+    assert (trained.answer().folder / 'gallery_best.npz').read_bytes() == gallery
+
+
+def test_a_gallery_of_other_weights_is_made_anew_unless_it_holds_enrolled_animals(trained, season):
+    trained.answer()
+    trained.train(max_iters=6, eval_every=2, lr=1e-4, checkPoint_start='last')
+    assert trained.answer(checkPoint_start='last').code == 0
+    trained.answer(enrol=season, checkPoint_start='last')
+    trained.train(max_iters=8, eval_every=2, lr=2e-4, checkPoint_start='last')
+    assert_refused(trained.answer(checkPoint_start='last'), 'other weights', 'enrol')
+
+
+# Distillation
+
+def test_pseudo_labels_are_learned_from_but_never_what_validates(trained, photos, monkeypatch):
+    twin = fold_images('r')[0]  # a photograph of the fold lies in the test set too, compressed anew
+    cv2.imwrite(str(photos / 'test/t02.jpg'), cv2.imread(str(photos / 'train' / twin)), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    result = trained.answer(data_dir=photos, threshold=0.3, pseudo_label_min_score=0.0001, pseudo_new_max_score=0.0)
+    table = pd.read_csv(photos / 'pseudo_labels.csv')
+    assert 'pseudo_labels.csv' in result.out and len(table) == 12 and list(table) == ['Image', 'Id', 'score']
+    spy = spy_on_batches(monkeypatch)
+    learned = trained.train(run='distilled', data_dir=photos, pseudo_label_weight=0.5, max_iters=30)
+    assert learned.code == 0
+    seen = set(spy.data.train['Image'].iloc[spy.rows])
+    joined = len(seen & set(table['Image']))  # photographs of one animal are all alike here: others of the fold's go too
+    assert 't02.jpg' not in seen and 8 <= joined < 12
+    assert f'{12 - joined} pseudo-labelled images left out' in learned.out
+    assert fold_images('distilled') == fold_images('r')
+    weight = spy.data.weight[(spy.data.train['source'] == 'pseudo').to_numpy()]
+    assert (weight == 0.5).all() and len(weight) == 12 and spy.data.weight.sum() == 6 + len(spy.data.train) - 12
+
+
+def test_without_a_file_of_pseudo_labels(trained):
+    assert_refused(trained.train(run='other', pseudo_label_weight=1.0), 'pseudo_labels.csv', 'pseudo_label_min_score')
 
 
 def test_where_a_mirror_is_the_same_animal_both_scripts_work(scripts):
@@ -150,7 +279,7 @@ def test_a_validation_image_is_not_in_its_own_gallery(trained, monkeypatch):
     """Each validation image is looked for among the images that are not in the fold."""
     calls = []
 
-    class Spy(answer.Gallery):
+    class Spy(member.Gallery):
         def __init__(self, embeddings, *args):
             super().__init__(embeddings, *args)
             calls.append(('gallery', embeddings))
@@ -159,9 +288,9 @@ def test_a_validation_image_is_not_in_its_own_gallery(trained, monkeypatch):
             calls.append(('queries', queries))
             return super().scores(queries)
 
-    monkeypatch.setattr(answer, 'Gallery', Spy)
+    monkeypatch.setattr(member, 'Gallery', Spy)
     trained.answer()
-    (_, whole), (_, gallery), (kind, queries), *_ = calls
+    (_, gallery), (kind, queries), (_, whole), *_ = calls
     assert kind == 'queries' and len(whole) - len(gallery) == 2  # ids in the fold
     same = (queries.flatten(1)[:, None] - gallery.flatten(1)[None]).abs().amax(2) < 1e-6
     assert not same.any()

@@ -76,5 +76,35 @@ class Gallery:
 
 
 def fuse(classifier, gallery, gallery_weight):
-    """Weighted mean of two (Q, N) score tables, both in 0..1."""
-    return (1 - gallery_weight) * classifier + gallery_weight * gallery
+    """Weighted mean of (Q, N) classifier and (Q, M) gallery scores, both in 0..1: (Q, M), M >= N.
+
+    The ids from N on have no classifier: theirs is the gallery's score alone.
+    """
+    fused, known = gallery.clone(), classifier.shape[1]
+    fused[:, :known] = (1 - gallery_weight) * classifier + gallery_weight * gallery[:, :known]
+    return fused
+
+
+def calibrate(scores, truth, hardest=20):
+    """A function from the gallery's scores to the probability that query and id are one animal (Platt's sigmoid).
+
+    Fitted to held-out queries: scores (Q, N), truth (Q,) in 0..N, on the `hardest` best ids of each and its true one.
+    """
+    own = F.one_hot(truth, scores.shape[1] + 1)[:, :-1].bool()  # (Q, N)
+    asked = own | (scores >= scores.topk(min(hardest, scores.shape[1])).values[:, -1:])
+    value, target = scores[asked].double(), own[asked].double()
+    start = torch.tensor([20.0, -18.0], dtype=torch.float64)  # slope and offset: even chances at a cosine of 0.8
+    curve = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([curve], max_iter=100, line_search_fn='strong_wolfe')
+
+    def loss():
+        optimizer.zero_grad()
+        # a prior as wide as the start itself: where few queries do not overlap the slope would be infinite
+        prior = ((curve - start) / start).square().sum() / 2 / len(value)
+        total = F.binary_cross_entropy_with_logits(value * curve[0] + curve[1], target) + prior
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    slope, offset = curve.detach().clamp(min=torch.tensor([1e-3, -torch.inf])).tolist()  # more alike is never less likely
+    return lambda scores: (slope * scores + offset).sigmoid()

@@ -1,0 +1,126 @@
+"""What each part of the method is worth: `python -m benchmarks.ablation DATA ... [--seeds 3] [--part 0/2]`.
+
+Trains every row of ROWS on each data folder (with a test_labels.csv, read only to score the finished answers), with equal
+numbers of images seen and the same small network, and appends a line a run to benchmarks/ablation.csv. Runs that stand
+there are skipped, so it can be stopped, spread over days, or run as one process a core, each with its --part. Prints the
+table. Without arguments it only prints.
+"""
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+
+import test as answer
+import train
+from data.sampler import BatchSampler
+from utils.metrics import score_submission
+
+CSV = Path(__file__).with_suffix('.csv')
+ITERATIONS = 750  # of 48 images: 36,000 images seen
+STAGES = (0.5, 0.3, 0.2)  # of them
+NETWORK = dict(model_name='seresnext14', height=64, width=64, pretrained=False, eval_every=250, patience=10 ** 6)
+
+PUBLISHED = dict(steps=[(10, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)], strength_scratch=(1.0, 1.0))
+OURS = dict(steps=[(0, False, 1e-3), (0, False, 3e-4), (0, False, 1e-4)])
+
+
+def without_new_whale(self, labels, batch_size, new_whale, *more, real=BatchSampler.__init__):
+    real(self, np.where(labels == new_whale, -1, labels), batch_size, new_whale, *more)
+
+
+def flip_each(self, iteration, real=BatchSampler.batch):
+    pairs = real(self, iteration)
+    pairs[:, 1] = np.random.default_rng((self.seed, 2, iteration)).integers(2, size=len(pairs))
+    return pairs
+
+
+ROWS = {  # name -> constants, and what is patched
+    'the reference': (PUBLISHED, {}),
+    '- flipped ids': (dict(PUBLISHED, flip_is_new_id=False), {}),
+    '- new_whale images': (PUBLISHED, {'__init__': without_new_whale}),
+    '- triplets, global and local': (dict(PUBLISHED, w_triplet=0.0, w_local=0.0), {}),
+    '- local triplets': (dict(PUBLISHED, w_local=0.0), {}),
+    '- hard example mining': (dict(PUBLISHED, hardest=10 ** 6), {}),
+    '- stages (all ids at 3e-4)': (dict(PUBLISHED, steps=[(0, False, 3e-4)]), {}),
+    '- flips drawn for the pair': (PUBLISHED, {'batch': flip_each}),
+    'ours (see schedule_scratch, strength_scratch)': (OURS, {}),
+    '+ augmentation at full strength': (dict(OURS, strength_scratch=(1.0, 1.0)), {}),
+    '+ P x 4 images': (dict(OURS, images_per_id=4), {}),
+    '+ GeM': (dict(OURS, pooling='gem'), {}),
+    '+ strips across': (dict(OURS, strips='across'), {}),
+    '+ sub-center ArcFace': (dict(OURS, w_arcface=0.3), {}),
+    '+ averaged weights': (dict(OURS, ema=0.99), {}),
+    '+ AdamW, cosine, one run': (dict(stages='cosine', lr=2e-3, steps=[None]), {}),
+    '+ timm/resnet18 in place of SE-ResNeXt': (dict(OURS, model_name='timm/resnet18'), {}),
+}
+
+
+def run_one(data_dir, name, seed, threads):
+    """Train and answer once; the line of the table."""
+    constants, patches = ROWS[name]
+    constants = dict(NETWORK, data_dir=data_dir, run=f'ablation/{os.getpid()}', seed=seed, threads=threads, **constants)
+    steps, folder, began = constants.pop('steps'), Path('results') / constants['run'], time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for method, patched in patches.items():
+            stack.enter_context(mock.patch.object(BatchSampler, method, patched))
+        for number, (step, share) in enumerate(zip(steps, STAGES if len(steps) > 1 else [1.0])):
+            own = dict(max_iters=round(share * ITERATIONS), checkPoint_start='last' if number else 0)
+            if step:
+                own.update(zip(('min_num_class', 'freeze', 'lr'), step))
+            call(train, **constants, **own)
+        seconds = time.monotonic() - began
+        valid = pd.read_csv(folder / 'evaluations.csv')['valid_map5'].iloc[-1]
+        call(answer, data_dir=data_dir, run=constants['run'], checkPoint_start='last', threads=threads, matches=0)
+    scores = score_submission(folder / 'submission.csv', Path(data_dir) / 'test_labels.csv')
+    shutil.rmtree(folder)
+    return dict(data=Path(data_dir).name, row=name, seed=seed, images=ITERATIONS * 48, seconds=round(seconds),
+                valid_map5=round(valid, 4), test_map5=round(scores['map5'], 4), named_top1=round(scores['named_top1'], 4))
+
+
+def call(script, **constants):
+    script.main([part for name, value in constants.items() for part in (f'--{name}', str(value))])
+
+
+def show(table):
+    """Mean and spread over the seeds, a column for each data set and figure."""
+    for data, rows in table.groupby('data', sort=False):
+        groups = rows.groupby('row')
+        means, spread, count = (getattr(groups, kind)(numeric_only=True) for kind in ('mean', 'std', 'count'))
+        print(f'\n| {data} | validation MAP@5 | test MAP@5 | named top-1 | seconds | seeds |\n|---|---|---|---|---|---|')
+        for name in (name for name in ROWS if name in means.index):
+            cells = [f'{means.loc[name, column]:.3f}' + (f' ± {spread.loc[name, column]:.3f}' if count.loc[name, 'seed'] > 1
+                                                         else '') for column in ('valid_map5', 'test_map5', 'named_top1')]
+            print(f'| {name} | {" | ".join(cells)} | {means.loc[name, "seconds"]:.0f} | {count.loc[name, "seed"]} |')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', nargs='*', help='folders in the layout of the competition, with test_labels.csv')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--part', default='0/1', help='0/2 and 1/2: two processes share the work')
+    parser.add_argument('--threads', type=int, default=1, help='CPU threads of each process')
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split('/'))
+    jobs = [(data, name, seed) for seed in range(options.seeds) for data in options.data for name in ROWS]
+    for data, name, seed in jobs[part::parts]:
+        done = pd.read_csv(CSV) if CSV.exists() else pd.DataFrame(columns=['data', 'row', 'seed'])
+        if not ((done['data'] == Path(data).name) & (done['row'] == name) & (done['seed'] == seed)).any():
+            line = pd.DataFrame([run_one(data, name, seed, options.threads)])
+            with open(CSV, 'a') as file:  # a line at once, so that two processes do not mix
+                file.write(line.to_csv(index=False, header=file.tell() == 0))
+            print(line.to_string(index=False, header=False), flush=True)
+    if CSV.exists():
+        show(pd.read_csv(CSV))
+
+
+if __name__ == '__main__':
+    main()
