@@ -29,8 +29,7 @@ from utils.log import progress_bar
 data_dir = 'data/sample'    # photographs in train/, test/, playground/train/; boxes and masks are written here
 run = 'fluke_finder'        # weights.pth and found.png go to results/RUN
 train_on = 'both'           # 'given': the boxes and masks in data_dir; 'drawn': drawn photographs; 'both': half and half
-drawn = 3000                # drawn photographs to learn from
-max_given = 6000            # given ones, at most; a photograph takes 0.2 MB of memory
+photographs = 3000          # to learn from, of each kind, at most; each takes 0.2 MB of memory
 iterations = 2000           # with batches of batch_size
 batch_size = 16
 lr = 3e-3                   # the highest learning rate
@@ -46,12 +45,12 @@ precision = 'auto'          # 'auto': bf16 where the hardware has it; 'bf16', 'f
 RULES = {
     **{name: SHARED_RULES[name] for name in ('data_dir', 'run', 'device', 'threads', 'precision')},
     **one_of('train_on', 'given', 'drawn', 'both'),
-    **rule('drawn max_given iterations', int, lambda v: v > 0, 'a whole number above 0'),
+    **rule('photographs iterations', int, lambda v: v > 0, 'a whole number above 0'),
     **rule('batch_size', int, lambda v: v > 1, 'a whole number above 1'),
     **rule('lr min_confidence', float, lambda v: 0 < v < 1, 'a number between 0 and 1'),
     **rule('height width', int, lambda v: v > 0 and v % 32 == 0, 'a multiple of 32'),
     **rule('seed', int, lambda v: 0 <= v < 10 ** 6, 'a whole number, 0 to 999999')}
-LEARNING = 'train_on drawn max_given iterations batch_size lr height width seed precision'.split()  # what weights depend on
+LEARNING = 'train_on photographs iterations batch_size lr height width seed precision'.split()  # what weights depend on
 
 
 @exit_clearly
@@ -115,7 +114,7 @@ def collect(frame, c):
     """The photographs to learn from: lists of drawn and of given ones, either may be empty."""
     given, rng = [], np.random.default_rng(c.seed)
     known = frame[frame['x0'].notna() | frame['has_mask']] if c.train_on != 'drawn' else frame.head(0)
-    known = known.iloc[rng.permutation(len(known))[:c.max_given]]
+    known = known.iloc[rng.permutation(len(known))[:c.photographs]]
     for row in progress_bar(known.itertuples(), total=len(known), desc='reading', unit='img'):
         image, has_box = read_image(row.path), row.x0 == row.x0
         mask = read_mask(row.mask_path, row.mask_rle, image.shape[:2]) if row.has_mask else None
@@ -123,13 +122,13 @@ def collect(frame, c):
             given.append(prepare(image, mask, [row.x0, row.y0, row.x1, row.y1] if has_box else None, c))
     if not given and c.train_on == 'given':
         raise UserError(f"{c.data_dir} has no boxes and no masks of its photographs: set train_on = 'drawn'")
-    numbers = progress_bar(range(c.drawn) if c.train_on != 'given' else (), desc='drawing', unit='img')
+    numbers = progress_bar(range(c.photographs) if c.train_on != 'given' else (), desc='drawing', unit='img')
     return [prepare(*draw_wild(c.seed, number), None, c) for number in numbers], given
 
 
-def batch(photographs, c):
+def batch(items, c):
     """Augmented: images (B, 3, H, W), then mask, columns, rows, has_mask as finder_loss takes them."""
-    images, masks, boxes, has_mask = (torch.from_numpy(np.stack(part)).to(c.device) for part in zip(*photographs))
+    images, masks, boxes, has_mask = (torch.from_numpy(np.stack(part)).to(c.device) for part in zip(*items))
     # scaled, mirrored, shifted; not turned, which a box cannot follow
     scale = 1 + (torch.rand(len(boxes), 2) - 0.5) * torch.tensor([0.3, 0.5])
     scale[:, 0] *= torch.randint(2, (len(boxes),)) * 2 - 1

@@ -14,7 +14,7 @@ from models import finder_net, fluke_finder
 from tests.conftest import arguments
 from tests.conftest import snapshot as contents
 
-QUICK = dict(drawn=4, iterations=2, batch_size=2, height=32, width=64, threads=1, precision='fp32', device='cpu', run='f')
+QUICK = dict(photographs=4, iterations=2, batch_size=2, height=32, width=64, threads=1, precision='fp32', device='cpu', run='f')
 
 
 def constants(**changes):
