@@ -24,7 +24,11 @@ def draw_wild(seed, number, animals=60):
 
 def place_wildly(rng, cover):
     """Like data.make_sample.place_fluke: steeper poses, and frames as tight as those of real photographs."""
-    view = draw_view(rng, rng.uniform(0.5, 3))
+    flat, fullness = draw_view(rng, rng.uniform(0.5, 3)), rng.uniform(-0.1, 0.5)
+
+    def view(x, y):
+        return flat(x * (1 + fullness * (1 - np.minimum(np.abs(x), 1))), y)     # broader towards the tips
+
     x0, x1, y0, y1, water = cut_at_water(rng, cover, view)
     if rng.random() < 0.4:      # the tail stock too is out of the water
         water += rng.exponential(0.25)
