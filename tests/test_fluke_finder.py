@@ -138,6 +138,13 @@ def test_what_the_user_mended_is_the_users(folder, monkeypatch):
     assert cv2.imread(str(folder / 'masks/4.png'), cv2.IMREAD_UNCHANGED).all()
 
 
+def test_the_sample_is_drawn_when_absent(folder, monkeypatch):
+    answers(monkeypatch)
+    monkeypatch.setattr(fluke_finder, 'draw_sample', lambda out: (out.parent.mkdir(), folder.rename(out)))
+    assert run('data/sample') == 0
+    assert (folder.parent / 'data/sample/fluke_finder.csv').is_file()
+
+
 @pytest.mark.parametrize('again', [False, True])
 def test_killed_at_any_write(folder, monkeypatch, again):
     """Whatever was written until then: nothing half-written, and nothing that the next run takes for the user's."""
@@ -227,6 +234,9 @@ def test_weights_are_used_again_when_they_fit(folder, monkeypatch, capsys):
     (folder / 'bboxes.csv').write_text('Image,x0,y0,x1,y1\n0.png,10,5,99,50\n')
     run(folder, seed=1)
     assert len(calls) == 3
+    cv2.imwrite(str(folder / 'masks/1.png'), np.full((60, 120), 255, np.uint8))
+    run(folder, seed=1)
+    assert len(calls) == 4
 
 
 # ---- its parts -------------------------------------------------------------------------------------------------------
