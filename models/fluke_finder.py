@@ -110,10 +110,9 @@ def prepare(image, mask, box, c):
     return image, np.packbits(bits, axis=1), np.float32(box), mask is not None
 
 
-def collect(frame, c):
-    """The photographs to learn from: lists of drawn and of given ones, either may be empty."""
+def collect(known, c):
+    """The photographs to learn from: lists of drawn ones and of those in the table, either may be empty."""
     given, rng = [], np.random.default_rng(c.seed)
-    known = frame[frame['x0'].notna() | frame['has_mask']] if c.train_on != 'drawn' else frame.head(0)
     known = known.iloc[rng.permutation(len(known))[:c.photographs]]
     for row in progress_bar(known.itertuples(), total=len(known), desc='reading', unit='img'):
         image, has_box = read_image(row.path), row.x0 == row.x0
@@ -172,14 +171,15 @@ def train(c, pools):
 
 def trained(c, frame, path):
     """The network of `path`, if it has learned from just these photographs with these constants; else it learns anew."""
-    what = frame[['Image', *BOX, 'mark', 'mask_rle']].to_csv() if c.train_on != 'drawn' else ''
+    known = frame[(frame['x0'].notna() | frame['has_mask']) & (c.train_on != 'drawn')]
+    what = known[['Image', *BOX, 'mark', 'mask_rle']].to_csv(index=False)
     key = f'{[getattr(c, name) for name in LEARNING]} {checksum(what.encode())}'
     if path.is_file():
         net, _, _, made_of = load_network(path)
         if made_of == key:
             print(f'{path} fits: no training')
             return net.to(c.device)
-    net = train(c, collect(frame, c)).eval()
+    net = train(c, collect(known, c)).eval()
     state = {'key': key, 'height': c.height, 'width': c.width, 'model': net.state_dict()}
     write_whole(path, lambda temporary: torch.save(state, temporary))
     return net
@@ -219,8 +219,8 @@ def search(net, frame, c):
         png = cv2.imencode('.png', mask * 255)[1].tobytes() if sure and mask.any() and not row.has_mask else None
         rows.append((row.Image, confidence, *(box if sure and not has_box else [None] * 4), png))
         if number in show:
-            shown.append((image, mask, box, f'{row.Image} {confidence:.2f}'))
-    return pd.DataFrame(rows, columns=['Image', 'confidence', *BOX, 'png'], dtype=object), shown
+            shown.append((image, mask, box, f'{confidence:.2f} {row.Image}'))
+    return pd.DataFrame(rows, columns=['Image', 'confidence', *BOX, 'png'], dtype=object), sorted(shown, key=lambda item: item[3])
 
 
 def publish(frame, found, folder):

@@ -183,15 +183,22 @@ def test_killed_at_any_write(folder, monkeypatch, again):
 
 # ---- what it learns from ---------------------------------------------------------------------------------------------
 
-def test_learns_from_what_is_given(folder):
-    frame = fluke_finder.list_photographs(folder)
-    drawn, given = fluke_finder.collect(frame, constants())
+def test_learns_from_what_is_given(folder, monkeypatch):
+    def collect(**changes):
+        real, seen = fluke_finder.collect, []
+        monkeypatch.setattr(fluke_finder, 'collect', lambda known, c: seen.append(real(known, c)) or seen[0])
+        assert run(folder, **changes) == 0
+        monkeypatch.setattr(fluke_finder, 'collect', real)
+        return seen[0]
+
+    answers(monkeypatch)
+    drawn, given = collect()
     assert len(drawn) == 4 and [item[3] for item in drawn] == 4 * [True]
     assert sorted(item[3] for item in given) == [False, True]  # one box, one mask
     box = next(item[2] for item in given if not item[3])
     np.testing.assert_allclose(box, [10 / 60 - 1, 5 / 30 - 1, 100.5 / 60 - 1, 50 / 30 - 1], rtol=1e-5)
-    assert [len(part) for part in fluke_finder.collect(frame, constants(train_on='drawn'))] == [4, 0]
-    assert [len(part) for part in fluke_finder.collect(frame, constants(train_on='given'))] == [0, 2]
+    assert [len(part) for part in collect(train_on='drawn')] == [4, 0]
+    assert [len(part) for part in collect(train_on='given')] == [0, 2]
 
 
 @pytest.mark.parametrize('known', ['mask', 'box'])
@@ -318,6 +325,10 @@ def test_mistakes_are_one_sentence(folder, capsys):
     (folder / 'bboxes.csv').unlink(), (folder / 'masks/1.png').unlink()
     assert 'no boxes and no masks' in said(train_on='given')
     (folder / 'train/2.png').write_bytes(b'rubbish')
+    (folder / 'train/0.png').rename(folder / 'train/9.png')  # nothing is known of these photographs, or of the next
+    assert run(folder) == 0
+    assert run(folder.rename(folder.parent / 'theirs')) == 0 and 'fits: no training' in capsys.readouterr().out
+    folder = folder.parent / 'theirs'
     assert run(folder) == 0
     assert '2.png cannot be used' in capsys.readouterr().err
-    assert pd.read_csv(folder / 'fluke_finder.csv')['confidence'][2] == 0
+    assert pd.read_csv(folder / 'fluke_finder.csv')['confidence'][1] == 0

@@ -77,6 +77,7 @@ def plot_found(path, images, masks, boxes, titles):
     for panel, image, mask, (x0, y0, x1, y1), title in zip(axes.flat, images, masks, boxes, titles):
         step = max(1, image.shape[1] // 400)    # a tile has no more pixels
         _show(panel, image[::step, ::step], title, DARK).set_anchor('N')
+        panel.autoscale(False)
         panel.plot(np.array([x0, x1, x1, x0, x0]) / step, np.array([y0, y0, y1, y1, y0]) / step, color=ORANGE, lw=1.2)
         if mask.any() and not mask.all():
             panel.contour(mask[::step, ::step], [0.5], colors=PINK, linewidths=0.8)
