@@ -47,12 +47,12 @@ def folder(tmp_path, monkeypatch):
     return data
 
 
-def answers(monkeypatch, confidence=0.9):
+def answers(monkeypatch, confidence=0.9, shift=0):
     """The network answers with a fixed box and a mask that is somewhat smaller."""
     def find(net, image, height, width):
         mask = np.zeros(image.shape[:2], np.uint8)
-        mask[22:38, 32:88] = 1
-        return np.array([30, 20, 90, 40]), mask, confidence
+        mask[22:38, 32 + shift:88 + shift] = 1
+        return np.array([30 + shift, 20, 90 + shift, 40]), mask, confidence
     monkeypatch.setattr(fluke_finder, 'find', find)
     monkeypatch.setattr(fluke_finder, 'plot_found', lambda *_: None)  # slower than the rest
 
@@ -151,7 +151,7 @@ def test_killed_at_any_write(folder, monkeypatch, again):
     answers(monkeypatch)
     if again:
         run(folder)
-        answers(monkeypatch, confidence=0.8)  # other contents
+        answers(monkeypatch, shift=5)  # other boxes, other masks
     net, c = finder_net.FlukeFinder(), constants()
     real, last = fluke_finder.write_whole, 0
 
@@ -230,6 +230,17 @@ def test_targets_follow_the_augmentation():
     assert light.all()  # the mask lies on the ellipse
 
 
+def test_mirrored_but_not_upside_down():
+    c, ramp = constants(height=64, width=128), np.arange(0, 240, 2, np.uint8)
+    box, ways = [0, 0, 120, 60], []
+    for image in (np.tile(ramp[:, None], (60, 1, 3)), np.tile(ramp[::2, None, None], (1, 120, 3))):
+        torch.manual_seed(0)
+        images = fluke_finder.batch([fluke_finder.prepare(image, None, box, c)] * 16, c)[0].mean(1)  # (16, 64, 128)
+        ways.append([(images[:, :, 64:].mean((1, 2)) > images[:, :, :64].mean((1, 2))).sum().item(),
+                     (images[:, 32:].mean((1, 2)) > images[:, :32].mean((1, 2))).sum().item()])
+    assert 3 <= ways[0][0] <= 13 and ways[1][1] == 16
+
+
 def test_weights_are_used_again_when_they_fit(folder, monkeypatch, capsys):
     answers(monkeypatch)
     calls = []
@@ -244,6 +255,14 @@ def test_weights_are_used_again_when_they_fit(folder, monkeypatch, capsys):
     cv2.imwrite(str(folder / 'masks/1.png'), np.full((60, 120), 255, np.uint8))
     run(folder, seed=1)
     assert len(calls) == 4
+    run(folder, train_on='drawn')
+    (folder / 'test/4.png').rename(folder / 'test/9.png')
+    theirs = folder.rename(folder.parent / 'theirs')
+    run(theirs, train_on='drawn')
+    assert len(calls) == 5  # what was drawn serves any folder
+    (theirs / 'bboxes.csv').unlink(), (theirs / 'masks/1.png').unlink(), run(theirs)
+    (theirs / 'test/9.png').rename(theirs / 'test/10.png'), run(theirs)
+    assert len(calls) == 6  # and so it does where nothing is given
 
 
 # ---- its parts -------------------------------------------------------------------------------------------------------
@@ -325,10 +344,6 @@ def test_mistakes_are_one_sentence(folder, capsys):
     (folder / 'bboxes.csv').unlink(), (folder / 'masks/1.png').unlink()
     assert 'no boxes and no masks' in said(train_on='given')
     (folder / 'train/2.png').write_bytes(b'rubbish')
-    (folder / 'train/0.png').rename(folder / 'train/9.png')  # nothing is known of these photographs, or of the next
-    assert run(folder) == 0
-    assert run(folder.rename(folder.parent / 'theirs')) == 0 and 'fits: no training' in capsys.readouterr().out
-    folder = folder.parent / 'theirs'
     assert run(folder) == 0
     assert '2.png cannot be used' in capsys.readouterr().err
-    assert pd.read_csv(folder / 'fluke_finder.csv')['confidence'][1] == 0
+    assert pd.read_csv(folder / 'fluke_finder.csv')['confidence'][2] == 0
