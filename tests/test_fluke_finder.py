@@ -36,6 +36,8 @@ def folder(tmp_path, monkeypatch):
     """Six photographs in three folders, the first with the user's box, the second with the user's mask."""
     monkeypatch.chdir(tmp_path)
     rng, data = np.random.default_rng(0), tmp_path / 'mine'
+    (data / 'train').mkdir(parents=True)
+    (data / 'train/.DS_Store').touch()
     for number, part in enumerate(['train'] * 3 + ['test'] * 2 + ['playground/train']):
         (data / part).mkdir(parents=True, exist_ok=True)
         image, mask, _ = ellipse(rng)
@@ -89,7 +91,7 @@ def test_what_the_user_gave_stays(folder, monkeypatch):
     found = cv2.imread(str(folder / 'masks/5.png'), cv2.IMREAD_UNCHANGED)
     assert found.shape == (60, 120) and found.max() == 255 and found[22:38, 32:88].all() and found.sum() == 255 * 16 * 56
     assert cv2.imread(str(folder / 'masks/0.png'), cv2.IMREAD_UNCHANGED).any()  # a given box gets a mask
-    assert sorted(path.name for path in folder.rglob('.*')) == []
+    assert [path.name for path in folder.rglob('.*')] == ['.DS_Store']
 
 
 def test_a_mask_stays_within_the_given_box(folder, monkeypatch):
@@ -280,16 +282,20 @@ def test_the_weak_loss_wants_the_box_filled_and_nothing_outside():
     columns[:, 4:12], rows[:, 2:6] = 1, 1
     edges = columns * 20 - 10, rows * 20 - 10
 
-    def loss(mask):
-        return finder_net.finder_loss((mask * 20 - 10, *edges), mask, columns, rows, torch.tensor([False])).item()
+    def loss(mask, truth=None):
+        known = torch.tensor([truth is not None])
+        return finder_net.finder_loss((mask * 20 - 10, *edges), mask if truth is None else truth, columns, rows, known).item()
 
-    full, cross, half, outside = torch.zeros(4, 1, 8, 16)
+    full, cross, half, outside, corner = torch.zeros(5, 1, 8, 16)
     full[:, 2:6, 4:12] = 1
     cross[:, 2:6, 7], cross[:, 3, 4:12] = 1, 1
     half[:, 2:6, 4:8] = 1
     outside[:, 2:7, 4:14] = 1
     assert loss(full) < 0.01 and loss(cross) < 0.01  # the box cannot tell these apart
-    assert loss(half) > 0.1 and loss(outside) > 0.1
+    corner[:] = full
+    corner[:, 6, 12] = 1
+    assert loss(half) > 0.1 and loss(outside) > 0.1 and loss(corner) > 0.2
+    assert loss(cross, truth=full) > 1 and loss(cross, truth=cross) < 0.01  # a mask can
 
 
 def test_iou():
