@@ -142,12 +142,15 @@ def draw_animal(seed, animal, num_ids):
     return np.dstack([albedo, cover]).astype(np.float32) / 255
 
 
-def draw_view(rng):
-    """Random pose: a function from photograph coordinates (half spans, y down) to canvas pixels."""
-    angle, tilt, shear = np.deg2rad(rng.normal(0, 5)), rng.uniform(0.75, 1.0), rng.normal(0, 0.08)
-    perspective, yaw = rng.normal(0, 0.05, 2).clip(-0.2, 0.2), rng.normal(0, 0.05)
-    span = np.clip([1 - yaw, 1 + yaw] + rng.normal(0, 0.04, 2), 0.65, 1.2)      # of the left and right lobe
-    rise, curl = rng.normal(0.03, 0.05) + rng.normal(0, 0.02, 2), rng.normal(0, 0.03, 2)
+def draw_view(rng, reach=1):
+    """Random pose: a function from photograph coordinates (half spans, y down) to canvas pixels.
+
+    `reach` multiplies how far a pose strays from the flat fluke; at most 3.
+    """
+    angle, tilt, shear = np.deg2rad(rng.normal(0, 5 * reach)), rng.uniform(1 - 0.25 * reach, 1.0), rng.normal(0, 0.08 * reach)
+    perspective, yaw = rng.normal(0, 0.05 * reach, 2).clip(-0.2, 0.2), rng.normal(0, 0.05 * reach)
+    span = np.clip([1 - yaw, 1 + yaw] + rng.normal(0, 0.04 * reach, 2), 1 - 0.35 * min(reach, 2), 1.2)  # of left and right lobe
+    rise, curl = rng.normal(0.03, 0.05 * reach) + rng.normal(0, 0.02 * reach, 2), rng.normal(0, 0.03 * reach, 2)
 
     def view(x, y):
         x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -160,19 +163,27 @@ def draw_view(rng):
     return view
 
 
-def place_fluke(rng, cover, view, height, width):
-    """Choose water line and framing: pixels per half span, x and y of the notch, y of the water."""
+def cut_at_water(rng, cover, view):
+    """Choose the water line: x0, x1, y0, y1 of what is above it, and its y, in half spans from the notch."""
     grid_x, grid_y = np.meshgrid(np.linspace(-1.5, 1.5, 120), np.linspace(-1.2, 1.2, 96))
     covered = cv2.remap(cover, *view(grid_x, grid_y), cv2.INTER_LINEAR) > 0.5
     tips, base = grid_y[covered].min(), grid_y[covered & (np.abs(np.abs(grid_x) - 0.4) < 0.06)].max()
     occlusion = rng.uniform(0, 0.2) if rng.random() < 0.1 else 0
     water = max(base + rng.normal(0.04, 0.06) - occlusion, (base + tips) / 2)
     covered &= grid_y < water
-    (x0, x1), (y0, y1) = ((grid[covered].min(), grid[covered].max()) for grid in (grid_x, grid_y))
+    return grid_x[covered].min(), grid_x[covered].max(), grid_y[covered].min(), grid_y[covered].max(), water
+
+
+def place_fluke(rng, cover):
+    """Choose size, pose and framing of a photograph: height, width, view, pixels per half span, x, y of the notch, y of
+    the water."""
+    width, view = int(rng.integers(300, 421)), draw_view(rng)
+    height = round(width / np.clip(rng.normal(2.0, 0.3), 1.45, 2.8))
+    x0, x1, y0, y1, water = cut_at_water(rng, cover, view)
     scale = min(rng.uniform(0.45, 0.95) * width / (x1 - x0), 0.9 * height / (y1 - y0))
     left = rng.uniform(0.04, 0.96) * (width - scale * (x1 - x0))
     top = rng.uniform(0.1, 0.8) * (height - scale * (y1 - y0))
-    return scale, left - scale * x0, top - scale * y0, top + scale * (water - y0)
+    return height, width, view, scale, left - scale * x0, top - scale * y0, top + scale * (water - y0)
 
 
 def draw_sea(rng, height, width):
@@ -216,11 +227,9 @@ def develop(rng, image):
     return np.uint8(255 * image.clip(0, 1))
 
 
-def draw_photograph(rng, fluke):
-    """One photograph of a flat `fluke`: image (H, W, 3) uint8 RGB and mask (H, W) uint8 0/255."""
-    width, view = int(rng.integers(300, 421)), draw_view(rng)
-    height = round(width / np.clip(rng.normal(2.0, 0.3), 1.45, 2.8))
-    scale, notch_x, notch_y, water = place_fluke(rng, fluke[..., 1], view, height, width)
+def draw_photograph(rng, fluke, place=place_fluke, develop=develop):
+    """One photograph of a flat `fluke`, framed by `place`: image (H, W, 3) uint8 RGB and mask (H, W) uint8 0/255."""
+    height, width, view, scale, notch_x, notch_y, water = place(rng, fluke[..., 1])
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     fluke = cv2.remap(fluke, *view((x - notch_x) / scale, (y - notch_y) / scale), cv2.INTER_LINEAR)
     albedo, cover = np.split(fluke, 2, axis=2)      # (H, W, 1) each

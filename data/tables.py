@@ -65,8 +65,8 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
     label = train['Id'].map(dict(zip(ids, range(len(ids)))))
     train['label'] = label.fillna((2 if flip_is_new_id else 1) * len(ids)).astype('int64')
     test = _read_test(data_dir, check_files, notes)
-    _add_boxes((train, test), data_dir / 'bboxes.csv', notes)
-    _add_masks((train, test), data_dir / 'masks', data_dir / 'masks.csv', notes)
+    add_boxes((train, test), data_dir / 'bboxes.csv', notes)
+    add_masks((train, test), data_dir / 'masks', data_dir / 'masks.csv', notes)
     group = _read_groups(data_dir / 'duplicate_ids.csv', ids, notes)
     columns = ['path', *BOX, 'mask_path', 'mask_rle']
     train, test = train[['Image', 'Id', 'label', *columns, 'source']], test[['Image', *columns]]
@@ -258,7 +258,7 @@ def _read_test(data_dir, check_files, notes):
     return test
 
 
-def _add_boxes(frames, csv, notes):
+def add_boxes(frames, csv, notes):
     """Add x0, y0, x1, y1 as float64, NaN where bboxes.csv has no row for the image."""
     boxes = pd.DataFrame(columns=BOX, dtype='float64')
     if csv.is_file():
@@ -275,7 +275,7 @@ def _add_boxes(frames, csv, notes):
                  else 'bboxes.csv: absent, each box is the whole image')
 
 
-def _add_masks(frames, folder, csv, notes):
+def add_masks(frames, folder, csv, notes):
     """Add mask_path, of masks/NAME.png or .jpg, and mask_rle, of masks.csv where there is no such file."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []  # in order, so that .png replaces .jpg
     files = {name[:-4]: str(folder / name) for name in names if name.endswith(('.jpg', '.png'))}

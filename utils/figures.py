@@ -1,4 +1,5 @@
 """The pictures of a training and of its answers."""
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -68,6 +69,19 @@ def plot_matches(path, queries, query_titles, matches, match_titles):
         for j, match in enumerate(matches[i]):
             _show(axes[i, j + 1], match, match_titles[i][j], GREY)
     save(figure, path, 100)
+
+
+def plot_found(path, images, masks, boxes, titles):
+    """Photographs (h, w, 3), masks (h, w) 0/1 as outlines, boxes (x0, y0, x1, y1); six in a row, all in tiles of 3:2."""
+    figure, axes = _grid(-(-len(images) // 6), 6, np.empty((2, 3)))
+    for panel, image, mask, (x0, y0, x1, y1), title in zip(axes.flat, images, masks, boxes, titles):
+        step = max(1, image.shape[1] // 400)    # a tile has no more pixels
+        _show(panel, image[::step, ::step], title, DARK).set_anchor('N')
+        panel.autoscale(False)
+        panel.plot(np.array([x0, x1, x1, x0, x0]) / step, np.array([y0, y0, y1, y1, y0]) / step, color=ORANGE, lw=1.2)
+        if mask.any() and not mask.all():
+            panel.contour(mask[::step, ::step], [0.5], colors=PINK, linewidths=0.8)
+    save(figure, path, 90)
 
 
 def _grid(rows, columns, crop):
