@@ -80,8 +80,8 @@ def unlabelled_playground(tables):
     frame = pd.DataFrame({'Image': [name for name in names if not name.startswith('.')]}, dtype=str)
     frame = frame[~frame['Image'].isin([*tables.train['Image'], *tables.test['Image']])].reset_index(drop=True)
     frame['path'] = str(folder) + os.sep + frame['Image']
-    _add_boxes((frame,), tables.data_dir / 'bboxes.csv', [])
-    _add_masks((frame,), tables.data_dir / 'masks', tables.data_dir / 'masks.csv', [])
+    add_boxes((frame,), tables.data_dir / 'bboxes.csv', [])
+    add_masks((frame,), tables.data_dir / 'masks', tables.data_dir / 'masks.csv', [])
     return frame.assign(bad=False)
 
 
@@ -106,8 +106,8 @@ def read_photographs(source, data_dir):
         raise UserError(f'{source} is not there: name a folder of folders, or a CSV with the columns Image and Id')
     _refuse(source, table, table['Id'] == NEW_WHALE, f'has photographs of {NEW_WHALE}', 'give each animal a name')
     table = table.reset_index(drop=True)
-    _add_boxes((table,), Path(data_dir) / 'bboxes.csv', [])
-    _add_masks((table,), Path(data_dir) / 'masks', Path(data_dir) / 'masks.csv', [])
+    add_boxes((table,), Path(data_dir) / 'bboxes.csv', [])
+    add_masks((table,), Path(data_dir) / 'masks', Path(data_dir) / 'masks.csv', [])
     return table.assign(Image=table['Id'] + '/' + table['Image']) if source.is_dir() else table
 
 
