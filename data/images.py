@@ -18,28 +18,31 @@ MARGIN = 1 / 16   # surroundings kept on each side, a share of the box's sides: 
 CACHE_VERSION = 2  # raise it when cut_crop changes, so that no old entry is used
 
 
-def cut_crop(image, mask, box, height, width):
+def cut_crop(image, mask, box, height, width, out=None):
     """The box and MARGIN around it, stretched to (height, width); beyond the photograph's edge, its edge goes on.
 
     Exact to half a pixel, of the photograph and of the crop, which is less than any box is sure of; whole pixels can be
     cut and resized in a third of the time. image (H, W, 3) uint8, mask (H, W) 0/1 or None, box (x0, y0, x1, y1) in
-    pixels, NaN: the whole image. Returns crop (height, width, 3) uint8 and mask (height, width) uint8 0/1, or None.
+    pixels, NaN: the whole image. Returns crop (height, width, 3) uint8 (`out`, if given) and mask (height, width) uint8
+    0/1, or None.
     """
     rows, columns = image.shape[:2]
     x0, y0, x1, y1 = (0, 0, columns, rows) if np.isnan(box[0]) else box
     x, left, right = _within(x0 - MARGIN * (x1 - x0), x1 + MARGIN * (x1 - x0), columns, width)
     y, top, bottom = _within(y0 - MARGIN * (y1 - y0), y1 + MARGIN * (y1 - y0), rows, height)
-    size, edges, crop = (width - left - right, height - top - bottom), (top, bottom, left, right), image[y, x]
+    size, part = (width - left - right, height - top - bottom), image[y, x]
     # Shrink by whole factors first (area average): one bilinear step alone would skip pixels of a large photograph.
-    factor = min(crop.shape[1] // size[0], crop.shape[0] // size[1])
+    factor = min(part.shape[1] // size[0], part.shape[0] // size[1])
     if factor > 1:
-        crop = cv2.resize(crop, (crop.shape[1] // factor, crop.shape[0] // factor), interpolation=cv2.INTER_AREA)
-    crop = cv2.resize(crop, size, interpolation=cv2.INTER_LINEAR)
-    crop = cv2.copyMakeBorder(crop, *edges, cv2.BORDER_REPLICATE) if any(edges) else crop
+        part = cv2.resize(part, (part.shape[1] // factor, part.shape[0] // factor), interpolation=cv2.INTER_AREA)
+    crop = np.empty((height, width, 3), np.uint8) if out is None else out
+    cv2.resize(part, size, crop[top:height - bottom, left:width - right], interpolation=cv2.INTER_LINEAR)
+    crop[:, :left], crop[:, width - right:] = crop[:, left, None], crop[:, width - right - 1, None]
+    crop[:top], crop[height - bottom:] = crop[top], crop[height - bottom - 1]
     if mask is None:
         return crop, None
     mask = cv2.resize(mask[y, x], size, interpolation=cv2.INTER_NEAREST_EXACT)
-    return crop, cv2.copyMakeBorder(mask, *edges, cv2.BORDER_CONSTANT) if any(edges) else mask
+    return crop, cv2.copyMakeBorder(mask, top, bottom, left, right, cv2.BORDER_CONSTANT)
 
 
 def _within(low, high, count, size):
@@ -128,11 +131,13 @@ class Crops:
     def __getitem__(self, rows):
         rows = np.asarray(rows)
         if self.cache == 'none':
+            crops = np.empty((len(rows), self.height, self.width, 3), np.uint8)
+            masks = np.empty((len(rows), self.height, self.width // 8), np.uint8)
             with ThreadPoolExecutor(self.workers) as pool:
-                crops, masks, errors = zip(*pool.map(self._decode, rows.tolist()))
+                errors = list(pool.map(self._decode, rows.tolist(), crops, masks))
             self.failed.update({row: error for row, error in zip(rows.tolist(), errors) if error})
             self.readable(self.skip_bad_images)
-            return torch.from_numpy(np.stack(crops)), torch.from_numpy(np.stack(masks))
+            return torch.from_numpy(crops), torch.from_numpy(masks)
         if self.cache != 'device':
             return torch.from_numpy(self.pixels[rows]), torch.from_numpy(self.masks[rows])
         rows = torch.from_numpy(rows)
@@ -140,24 +145,26 @@ class Crops:
             rows = rows.pin_memory().to(self.pixels.device, non_blocking=True)  # no waiting for the step before
         return self.pixels[rows], self.masks[rows]
 
-    def _decode(self, row):
-        """Crop, packed mask, and None or why there is none (a black crop)."""
-        crop, packed, error = None, np.zeros((self.height, self.width // 8), np.uint8), None
+    def _decode(self, row, crop, packed):
+        """Write the crop and its packed mask into these arrays; None, or why there is none (a black crop)."""
+        error, packed[:] = None, 0
         try:
             if not self.bad[row]:
                 image = read_image(self.files[0][row])
                 files = self.files[1][row], self.files[2][row]
                 mask = None if files == (None, None) else read_mask(*files, image.shape[:2])
-                crop, mask = cut_crop(image, mask, self.boxes[row], self.height, self.width)
-                packed = packed if mask is None else np.packbits(mask, axis=-1)
+                _, mask = cut_crop(image, mask, self.boxes[row], self.height, self.width, crop)
+                if mask is not None:
+                    packed[:] = np.packbits(mask, axis=-1)
+                return None
         except UserError as caught:
             error = str(caught)
-        return np.zeros((self.height, self.width, 3), np.uint8) if crop is None else crop, packed, error
+        crop[:] = 0
+        return error
 
     def _build(self, todo, done):
         def one(row):
-            self.pixels[row], self.masks[row], error = self._decode(row)
-            return row, error
+            return row, self._decode(row, self.pixels[row], self.masks[row])
 
         with ThreadPoolExecutor(self.workers) as pool:  # OpenCV leaves the interpreter's lock while it decodes
             bar = progress_bar(pool.map(one, todo), total=len(todo), desc='crops', unit='img', disable=len(todo) < 500)
