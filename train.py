@@ -8,6 +8,7 @@ from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from utils.constants import SHARED_RULES, one_of, read_constants, rule, write_co
 from utils.device import amp_dtype, choose_device, compile_network
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_curves
-from utils.files import write_whole
+from utils.files import held, write_whole
 from utils.interrupt import Interrupt
 from utils.learn import MEASURED, learn, out_of_memory
 from utils.log import HEADER, duration, format_row, progress_bar, write_log
@@ -138,6 +139,12 @@ def main(argv):
         raise UserError(f'batch_size = {c.batch_size} cannot be cut into {c.grad_accumulation * ranks.world()} equal '
                         'parts (grad_accumulation times processes) of 8, 12, 16 ... images')
     folder = Path('results') / c.run
+    with held(folder) if ranks.rank() == 0 else nullcontext():
+        run_steps(c, part, folder)
+
+
+def run_steps(c, part, folder):
+    """All that is left of the training; `part` images go through the network at a time."""
     steps, state = plan(c, folder)
     if not steps:
         return ranks.wait()

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
+from utils.log import progress_bar
+
 # Correlation of two 32x32 thumbnails. Of different photographs of right whales, drawn flukes and characters the most alike
 # reach 0.97; the same fluke photograph, made smaller and compressed again, stays above 0.98.
 SAME = 0.975
@@ -23,7 +25,9 @@ def fingerprints(paths):
         return small / max(np.linalg.norm(small), 1e-6)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.array(list(pool.map(one, paths)), np.float32).reshape(-1, SIDE * SIDE)
+        marks = progress_bar(pool.map(one, paths), total=len(paths), desc='same photographs?', unit='img',
+                             disable=len(paths) < 2000)
+        return np.array(list(marks), np.float32).reshape(-1, SIDE * SIDE)
 
 
 def same_photographs(some, others):

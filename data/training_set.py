@@ -24,7 +24,7 @@ class TrainingSet:
         fold = validation_fold(train, c.fold)  # (n,) bool
         self.valid = fold & readable
         is_pseudo = (train['source'] == 'pseudo').to_numpy()
-        seen = self._same_as(fold, is_pseudo)  # a test photograph that validates under another name
+        seen = self._twins_of(fold)  # what validates must not be learned under another name
         self.rows = {number: training_rows(train, fold, number) & readable & ~seen for number in min_num_classes}
         self.weight = torch.from_numpy(np.where(is_pseudo, c.pseudo_label_weight, 1.0)).float()  # (n,) how much each teaches
         fewest = min(rows.sum() for rows in self.rows.values())
@@ -40,16 +40,15 @@ class TrainingSet:
         self.notes = [f'{len(train)} training images, {self.num_ids} ids, {self.classes} classes; '
                       f'fold {c.fold}: {named.sum()} ids + {(~named).sum()} {NEW_WHALE}', *self.tables.notes, str(self.crops)]
         if seen.any():
-            self.notes.append(f'{seen.sum()} pseudo-labelled images left out that show a photograph of the fold')
+            names = ', '.join(train['Image'][seen].head(5))
+            self.notes.append(f'{seen.sum()} images left out of training that show a photograph of the fold: {names}')
 
-    def _same_as(self, some, others):
-        """Which rows among `others` show a photograph of `some`, by perceptual fingerprint; all (n,) bool."""
-        same = np.zeros(len(self.train), bool)
-        if others.any():
-            paths = self.train['path'].to_numpy()
-            _, found = same_photographs(fingerprints(paths[some]), fingerprints(paths[others]))
-            same[np.flatnonzero(others)[found]] = True
-        return same
+    def _twins_of(self, fold):
+        """Which rows outside the fold (n,) bool show a photograph of it: (n,) bool."""
+        marks = fingerprints(self.train['path'])
+        twins = np.zeros(len(marks), bool)
+        twins[np.flatnonzero(~fold)[same_photographs(marks[fold], marks[~fold])[1]]] = True
+        return twins
 
     def class_sizes(self, rows):
         """Images of each class among `rows` (n,) bool, an id's mirror image having as many as the id: (classes,)."""

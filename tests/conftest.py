@@ -37,9 +37,11 @@ class SmallBackbone(nn.Module):
 
 
 def draw(path, animal, rng):
-    """A blotchy picture, the same for one animal but for light and noise."""
+    """A blotchy picture, the same for one animal but for light, noise and something in front."""
     own = np.random.default_rng(animal).integers(0, 255, (4, 8, 3), np.uint8)
     image = cv2.resize(own, (96, 48)) * rng.uniform(0.6, 1) + rng.uniform(0, 40, (48, 96, 3))
+    x, y = rng.integers(70), rng.integers(30)
+    image[y:y + 18, x:x + 26] = rng.choice([0, 255])
     cv2.imwrite(str(path), image.clip(0, 255).astype(np.uint8))
 
 

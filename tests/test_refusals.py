@@ -1,8 +1,14 @@
 """What train.py refuses, in one sentence and with nothing written or lost."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
 
+import train
 import utils.learn
 from tests.conftest import add_photographs, assert_refused, cut, edit_table, first_row, interrupt_at, snapshot, spy_on_batches
 
@@ -172,3 +178,20 @@ def test_an_interrupt_does_not_save_weights_that_are_not_finite(scripts, monkeyp
     result = scripts.train(max_iters=9, eval_every=9, lr=1e-4, checkPoint_start='best')
     assert_refused(result, 'not finite')
     assert (folder / 'last.pth').read_bytes() == last
+
+
+def test_two_trainings_do_not_write_to_one_folder(scripts, work):
+    """The lock is the kernel's: it goes with the process that has it, and leaves nothing behind."""
+    scripts.train()
+    before = snapshot(work / 'results/r')
+    other = subprocess.Popen([sys.executable, '-c', 'import sys, time; from utils.files import held\n'
+                              'with held("results/r"): print("held", flush=True); time.sleep(600)'],
+                             stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONPATH=str(Path(train.__file__).parent)))
+    try:
+        assert other.stdout.readline() == 'held\n'
+        assert_refused(scripts.train(max_iters=9), 'another training', 'results/r')
+    finally:
+        other.kill()
+        other.wait()
+    assert snapshot(work / 'results/r') == before
+    assert scripts.train(max_iters=9).code == 0

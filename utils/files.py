@@ -1,7 +1,11 @@
 """Files are written whole or not at all."""
+import fcntl
 import os
 import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from utils.errors import UserError
 
 
 def write_whole(path, write):
@@ -23,6 +27,25 @@ def write_whole(path, write):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def held(folder):
+    """`with held(folder):` it belongs to this process, until that ends, however it ends: the kernel lets go of the lock.
+
+    UserError when another process has it. A folder that is empty in the end is removed.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f'another training writes to {folder}: wait for it, stop it, or choose another run') from None
+    finally:
+        os.close(handle)
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def _umask():
