@@ -6,7 +6,6 @@ results/ensemble. New animals join without training:
 python test.py --enrol FOLDER, with a folder of photographs for each.
 """
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pandas as pd
 import torch
 
 from data.decode import check_images
+from data.duplicates import fingerprints, twins
 from data.tables import NEW_WHALE, load_tables, read_photographs, unlabelled_playground
 from utils import checkpoint
 from utils.constants import SHARED_RULES, read_constants, rule
@@ -21,7 +21,7 @@ from utils.device import choose_device
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_matches
 from utils.files import write_whole
-from utils.member import Member, Scores, save_scores, saved_scores
+from utils.member import Member, on_disk, saved_scores
 from utils.metrics import best_ids, choose_threshold, insert_new_whale, write_submission
 
 data_dir = 'data'           # where train.csv, test/ and sample_submission.csv lie
@@ -65,30 +65,37 @@ def main(argv):
     files = find_files(c)
     if c.weights and len(c.weights) != len(files):
         raise UserError(f'weights has {len(c.weights)} numbers for {len(files)} members: give one for each')
+    if c.pseudo_label_min_score and c.pseudo_new_max_score >= c.pseudo_label_min_score:
+        raise UserError(f'pseudo_new_max_score = {c.pseudo_new_max_score} must be below pseudo_label_min_score')
     tables = load_tables(c.data_dir)
-    if not len(tables.test):
+    if not len(tables.test) and not c.enrol:
         raise UserError(f'{c.data_dir} has no sample_submission.csv with photographs in test/: there is nothing to answer')
     tables = check_images(tables, c.skip_bad_images)
     train, asked = tables.train.sort_values('Image', ignore_index=True), tables.test
+    crops: dict = {}
+    if c.enrol:
+        return enrol_photographs(c, files, train, tables.ids, crops)
     if c.pseudo_label_min_score:
         asked = pd.concat([asked, unlabelled_playground(tables)], ignore_index=True)
-    crops, networks, members = {}, [], []
+    member, scores = None, []
     for file in files:
         if file.suffix == '.npz':
-            members.append(saved_scores(file))
-            continue
-        member = Member(c, file, train, asked, tables.ids, crops)
-        if c.enrol:
-            enrol_photographs(member, c)
-            continue
-        networks.append(member)
-        members.append(member.scores())
-    if c.enrol:
-        return
-    mean, threshold = combine(members, c.weights or (1.0,) * len(files), train, asked)
-    folder, ids = Path('results') / ('ensemble' if ',' in c.run or files[0].suffix == '.npz' else c.run), mean.ids
-    values, order = (torch.cat(parts) for parts in zip(*(
-        best_ids(torch.from_numpy(mean.table[first:first + 512])) for first in range(0, len(asked), 512))))  # (Q, 5)
+            scores.append(saved_scores(file))
+        else:
+            member = Member(c, file, train, tables.ids, crops)
+            scores.append(member.scores(asked))
+    weights = c.weights or (1.0,) * len(files)
+    threshold, valid, valid_images = validate(scores, weights, train, asked)
+    folder, ids = Path('results') / ('ensemble' if ',' in c.run or member is None else c.run), scores[0].ids
+    folder.mkdir(parents=True, exist_ok=True)
+    table = on_disk(folder, scores[0].table.shape, np.float16)
+    most = min(5, len(ids))
+    values, order = torch.empty(len(asked), most), torch.empty(len(asked), most, dtype=torch.int64)  # (Q, 5)
+    for first in range(0, len(asked), 512):
+        block = slice(first, first + 512)
+        mean = sum(weight * one.table[block].astype(np.float32) for one, weight in zip(scores, weights)) / sum(weights)
+        table[block] = mean  # what cannot be read has -1 in each of them, so it is new
+        values[block], order[block] = best_ids(torch.from_numpy(mean))
     if c.threshold >= 0:
         threshold = c.threshold
     if c.new_whale_share:
@@ -98,12 +105,14 @@ def main(argv):
     print(f'test: threshold {threshold:.3f}: {share:.1%} of {len(tables.test)} images begin with {NEW_WHALE}')
     write_submission(folder / 'submission.csv', tables.test['Image'].tolist(), answers[:len(tables.test)], ids,
                      Path(c.data_dir) / 'sample_submission.csv')
-    save_scores(folder / 'scores.npz', mean, threshold)
-    if networks and c.matches:
-        draw_matches(networks[-1], folder / 'matches.png', c.matches, values[:, 0], answers)
-    print(f'written: {folder}/submission.csv, scores.npz' + (', matches.png' if networks and c.matches else ''))
+    write_whole(folder / 'scores.npz', lambda path: np.savez(
+        path, scores=table, ids=np.array(ids), images=asked['Image'].to_numpy(str), threshold=threshold,
+        valid=valid.half().numpy(), valid_images=np.array(valid_images)))
+    if member and c.matches:
+        draw_matches(member, folder / 'matches.png', c.matches, asked, values[:, 0], answers)
+    print(f'written: {folder}/submission.csv, scores.npz' + (', matches.png' if member and c.matches else ''))
     if c.pseudo_label_min_score:
-        write_pseudo_labels(c, asked, values[:, 0], order[:, 0], ids, tables.train)
+        write_pseudo_labels(c, asked, len(tables.test), values[:, 0], order[:, 0], tables)
 
 
 def find_files(c):
@@ -118,8 +127,8 @@ def find_files(c):
     return files
 
 
-def combine(members, weights, train, asked):
-    """The weighted mean of the members, as Scores of float32, and the threshold of new_whale that is best on validation.
+def validate(members, weights, train, asked):
+    """The threshold of new_whale that is best on validation, the members' mean scores there (V, N), and its V images.
 
     A validation image counts the members that did not learn from it. Prints what each member and their mean reach.
     """
@@ -132,60 +141,58 @@ def combine(members, weights, train, asked):
             raise UserError(f'{member.name} answered other images than are asked now: run test.py for it again')
     label = dict(zip(ids, range(len(ids))))
     owner = dict(zip(train['Image'], train['Id'].map(label).fillna(len(ids)).astype(int)))
-    images = sorted(set().union(*(member.valid_images for member in members)))
+    images = sorted(set().union(*(member.valid_images for member in members)) & set(owner))
     truth = torch.tensor([owner[image] for image in images])  # (V,)
-    row = dict(zip(images, range(len(images))))
     scores, count = torch.zeros(len(images), len(ids)), torch.zeros(len(images), 1)
     for member, weight in zip(members, weights):
-        rows = torch.tensor([row[image] for image in member.valid_images])
-        scores[rows] += weight * member.valid
+        place = pd.Index(member.valid_images).get_indexer(images)  # (V,) -1: learned
+        rows = torch.from_numpy(np.flatnonzero(place >= 0))
+        own = member.valid[place[place >= 0]]
+        scores[rows] += weight * own
         count[rows] += weight
         if len(members) > 1:
-            print(f'{member.name}: weight {weight:g}, validation MAP@5 {choose_threshold(member.valid, truth[rows])[1]:.3f}')
+            print(f'{member.name}: weight {weight:g}, validation MAP@5 {choose_threshold(own, truth[rows])[1]:.3f}')
     if any(member.valid_images != members[0].valid_images for member in members):
         print('the members were validated on different images: the figure of their mean is that of the members that did not '
               'learn an image, fewer than answer the test images')
-    threshold, value = choose_threshold(scores / count, truth)
+    scores /= count
+    threshold, value = choose_threshold(scores, truth)
     print(f'validation MAP@5 {value:.3f} at threshold {threshold:.3f} ({len(images)} images)')
-
-    table = members[0].table
-    if len(members) > 1:
-        table = np.memmap(tempfile.TemporaryFile(), np.float32, 'w+', shape=table.shape)
-    for first in range(0, len(table), 512) if len(members) > 1 else ():
-        rows = slice(first, first + 512)
-        table[rows] = sum(weight * member.table[rows].astype(np.float32) for member, weight in zip(members, weights))
-        table[rows] /= sum(weights)  # what cannot be read has -1 in all of them
-    return Scores('the mean', ids, members[0].images, table, images, scores / count), threshold
+    return threshold, scores, images
 
 
-def enrol_photographs(member, c):
-    """Add the photographs of `enrol` to the gallery, each under its id."""
-    frame = read_photographs(c.enrol, c.data_dir)
-    known = set(member.images)
-    frame = frame[~frame['Image'].isin(known)].reset_index(drop=True)
-    if len(frame):
-        crops = member.new_crops(frame)
-        crops.readable(False)
-        member.add(frame['Image'].to_numpy(str), frame['Id'].to_numpy(str),
-                   member.embed(crops, np.arange(len(frame)), 'enrolment'))
+def enrol_photographs(c, files, train, ids, crops):
+    """Add the photographs of `enrol` to the gallery of each training, or, when something is wrong with one, to none."""
+    if any(file.suffix == '.npz' for file in files):
+        raise UserError('saved scores have no gallery: name trainings in `run` to enrol in')
+    frame = read_photographs(c.enrol)
+    members = [Member(c, file, train, ids, crops) for file in files]
+    new = [member.enrol(frame) for member in members]
+    for member, count in zip(members, new):
         member.save_gallery()
-    print(f'{member.name}: {len(frame)} photographs of {frame["Id"].nunique()} ids enrolled, {frame["x0"].notna().sum()} with '
-          f'a box; {len(member.all_ids) - len(member.ids)} ids beside the {len(member.ids)} trained ones: {member.gallery_file}')
+        print(f'{member.name}: {count} photographs enrolled, {len(frame) - count} were already; {frame["Id"].nunique()} ids, '
+              f'{frame["x0"].notna().sum()} photographs with a box; {len(member.all_ids) - len(member.ids)} ids beside the '
+              f'{len(member.ids)} trained ones: {member.gallery_file}')
 
 
-def write_pseudo_labels(c, asked, best, order, ids, train):
+def write_pseudo_labels(c, asked, num_test, best, order, tables):
     """pseudo_labels.csv in the data folder: what is sure enough to learn from."""
-    sure, new = best.numpy() >= c.pseudo_label_min_score, best.numpy() <= c.pseudo_new_max_score
-    new &= best.numpy() >= 0
-    table = pd.DataFrame({'Image': asked['Image'], 'Id': np.array(ids, object)[order.numpy()], 'score': best.numpy()})
-    table.loc[new, ['Id']] = NEW_WHALE
-    table.loc[new, 'score'] = 1 - table.loc[new, 'score']
+    best, order, train = best.numpy().copy(), order.numpy().copy(), tables.train
+    names = np.array([*tables.ids, ''], object)[order.clip(max=tables.num_ids)]  # '': only enrolled, so train.py has no class
+    rest = asked['path'][num_test:]
+    twin = twins(fingerprints(train['path']), fingerprints(rest)) if len(rest) else np.empty(0, int)
+    shared = num_test + np.flatnonzero((twin >= 0) & (train['Id'].to_numpy()[twin] != NEW_WHALE))
+    names[shared], best[shared] = train['Id'].to_numpy()[twin[shared - num_test]], 1.0
+    sure, new = (best >= c.pseudo_label_min_score) & (names != ''), (best >= 0) & (best <= c.pseudo_new_max_score)
+    table = pd.DataFrame({'Image': asked['Image'], 'Id': np.where(new, NEW_WHALE, names), 'score': np.where(new, 1 - best, best)})
     path = Path(c.data_dir) / 'pseudo_labels.csv'
     write_whole(path, lambda temporary: table[sure | new].to_csv(temporary, index=False, float_format='%.4f'))
-    print(f'written: {path}: {sure.sum()} images of ids and {new.sum()} of {NEW_WHALE}, of {len(asked)}')
+    for what, part in (('test', slice(num_test)), ('playground', slice(num_test, None))):
+        print(f'{path}: {what}: {sure[part].sum()} images of ids and {new[part].sum()} of {NEW_WHALE}, of {len(best[part])}')
+    print(f'{len(shared)} of the playground images are photographs of train.csv, and have its ids')
 
 
-def draw_matches(member, path, count, surest, answers):
+def draw_matches(member, path, count, asked, surest, answers):
     """A few queries, from the surest to the least sure, beside their five nearest labelled photographs."""
     order = surest.argsort(descending=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
@@ -195,7 +202,7 @@ def draw_matches(member, path, count, surest, answers):
     places = member.gallery.columns[best.indices].cpu().numpy()  # (count, 5) in the gallery
     rows = np.array([pd.Index(member.train['Image']).get_indexer(member.images[row]) for row in places])
     names = [*member.all_ids, NEW_WHALE]
-    titles = [f'{member.asked["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()]
+    titles = [f'{asked["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()]
     values = [[f'{member.owners[g]}  {value:.2f}' for g, value in zip(*row)] for row in zip(places, best.values.tolist())]
     plot_matches(path, member.test[chosen.numpy()][0].cpu().numpy(), titles,
                  [member.labelled[row][0].cpu().numpy() for row in rows], values)

@@ -124,12 +124,13 @@ NEVER = 10 ** 9  # later than any iteration
 def main(argv):
     c = read_constants(__file__, argv, RULES)
     c.model_name = check_model_name(c.model_name)
-    unread = {'one': (), 'all': ('min_num_class', 'freeze', 'lr'), 'cosine': ('min_num_class', 'freeze')}[c.stages]
+    unread = {'one': (), 'all': ('min_num_class', 'freeze', 'lr'),
+              'cosine': ('min_num_class', 'freeze', 'weight_decay')}[c.stages]
     ignored = [name for name in unread if any(part.split('=')[0] == f'--{name}' for part in argv)]
     if ignored:
         raise UserError(f"--{ignored[0]} has no effect with stages = '{c.stages}'" + (
             ': give it in the rows of schedule (schedule_scratch when pretrained = False)' if c.stages == 'all' else
-            ', which trains all ids and layers: leave it out'))
+            ', which trains all ids and layers to the end, by AdamW with 0.05: leave it out'))
     if c.images_per_id > c.batch_size * 3 // 4:
         raise UserError(f'images_per_id = {c.images_per_id} is more than three quarters of batch_size = {c.batch_size}: '
                         'lower it')
@@ -254,7 +255,8 @@ def train_step(c, step, data, folder, state, clock):
             images = augment(crops, masks, flips, c.height, c.width, MARGIN, strength)  # (B, 4, H, W)
             labels = flip_labels(labels, flips, data.num_ids, c.flip_is_new_id)  # (B,)
             if c.stages == 'cosine':
-                done = clock.elapsed() / clock.limit if c.max_minutes else state['iteration'] / c.max_iters
+                done = torch.tensor(clock.elapsed() / clock.limit if c.max_minutes else state['iteration'] / c.max_iters)
+                done = ranks.total(done, torch.distributed.ReduceOp.MAX).item()  # on the CPU; one clock for all processes
                 for settings in optimizer.param_groups:
                     settings['lr'] = step['lr'] * min(20 * done, 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
             measured = learn(c, model, optimizer, images, labels, group, amp, state['threshold'], margins, weight)  # (10,)
@@ -280,8 +282,9 @@ def train_step(c, step, data, folder, state, clock):
                 say(state, format_row(row))
                 sums.zero_()
                 state['mark'] = clock.elapsed()
-                state['finished'] = out_of_time or state['iteration'] >= c.max_iters or \
-                    state['since_best'] >= c.patience or (step['min_num_class'] > 0 and row['train_map5'] >= 0.98)
+                enough = step['min_num_class'] > 0 and row['train_map5'] >= 0.98 or \
+                    state['since_best'] >= c.patience and c.stages != 'cosine'
+                state['finished'] = out_of_time or state['iteration'] >= c.max_iters or enough
                 if ranks.rank() == 0:
                     state['kept'] = checkpoint.keep_best(folder, step['step'], state['iteration'], row['valid_map5'],
                                                          state['kept'], snapshot(state['finished']))

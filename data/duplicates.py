@@ -30,7 +30,10 @@ def fingerprints(paths):
         return np.array(list(marks), np.float32).reshape(-1, SIDE * SIDE)
 
 
-def same_photographs(some, others):
-    """Which rows of two sets of fingerprints show the same photograph: two int arrays, of `some` and of `others`."""
-    pairs = [np.argwhere(some[first:first + 1000] @ others.T > SAME) + [first, 0] for first in range(0, len(some), 1000)]
-    return tuple(np.concatenate([np.empty((0, 2), int), *pairs]).T)
+def twins(some, others):
+    """For each of the fingerprints `others` a row of `some` that shows the same photograph, -1 where none does: (n,) int."""
+    found = np.full(len(others), -1)
+    for first in range(0, len(others), 1000) if len(some) else ():
+        alike = others[first:first + 1000] @ some.T  # (1000, m)
+        found[first:first + 1000] = np.where(alike.max(1) > SAME, alike.argmax(1), -1)
+    return found

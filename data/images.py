@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.log import progress_bar
 
 MARGIN = 1 / 16   # surroundings kept on each side, a share of the box's sides: rotations and shifts find real pixels
-CACHE_VERSION = 2  # raise it when cut_crop changes, so that no old entry is used
+CACHE_VERSION = 3  # raise it when cut_crop changes, so that no old entry is used
 
 
 def cut_crop(image, mask, box, height, width, out=None):
@@ -32,9 +32,9 @@ def cut_crop(image, mask, box, height, width, out=None):
     y, top, bottom = _within(y0 - MARGIN * (y1 - y0), y1 + MARGIN * (y1 - y0), rows, height)
     size, part = (width - left - right, height - top - bottom), image[y, x]
     # Shrink by whole factors first (area average): one bilinear step alone would skip pixels of a large photograph.
-    factor = min(part.shape[1] // size[0], part.shape[0] // size[1])
-    if factor > 1:
-        part = cv2.resize(part, (part.shape[1] // factor, part.shape[0] // factor), interpolation=cv2.INTER_AREA)
+    fx, fy = max(1, part.shape[1] // size[0]), max(1, part.shape[0] // size[1])
+    if fx > 1 or fy > 1:
+        part = cv2.resize(part, (part.shape[1] // fx, part.shape[0] // fy), interpolation=cv2.INTER_AREA)
     crop = np.empty((height, width, 3), np.uint8) if out is None else out
     cv2.resize(part, size, crop[top:height - bottom, left:width - right], interpolation=cv2.INTER_LINEAR)
     crop[:, :left], crop[:, width - right:] = crop[:, left, None], crop[:, width - right - 1, None]
@@ -92,7 +92,7 @@ class Crops:
         self.workers = workers or os.cpu_count()
         self.bytes = self.count * self.height * self.width * 3 + self.count * self.height * self.width // 8
         self.key = self._key(frame)
-        folder = Path(cache_dir) / self.key
+        self.folder = folder = Path(cache_dir) / self.key
         self.cache = choose_cache(self.bytes, folder, device) if cache == 'auto' else cache
         if self.cache == 'none':
             return

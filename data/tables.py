@@ -65,8 +65,7 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
     label = train['Id'].map(dict(zip(ids, range(len(ids)))))
     train['label'] = label.fillna((2 if flip_is_new_id else 1) * len(ids)).astype('int64')
     test = _read_test(data_dir, check_files, notes)
-    add_boxes((train, test), data_dir / 'bboxes.csv', notes)
-    add_masks((train, test), data_dir / 'masks', data_dir / 'masks.csv', notes)
+    add_boxes_and_masks((train, test), data_dir, notes)
     group = _read_groups(data_dir / 'duplicate_ids.csv', ids, notes)
     columns = ['path', *BOX, 'mask_path', 'mask_rle']
     train, test = train[['Image', 'Id', 'label', *columns, 'source']], test[['Image', *columns]]
@@ -80,15 +79,14 @@ def unlabelled_playground(tables):
     frame = pd.DataFrame({'Image': [name for name in names if not name.startswith('.')]}, dtype=str)
     frame = frame[~frame['Image'].isin([*tables.train['Image'], *tables.test['Image']])].reset_index(drop=True)
     frame['path'] = str(folder) + os.sep + frame['Image']
-    add_boxes((frame,), tables.data_dir / 'bboxes.csv', [])
-    add_masks((frame,), tables.data_dir / 'masks', tables.data_dir / 'masks.csv', [])
+    add_boxes_and_masks((frame,), tables.data_dir, [])
     return frame.assign(bad=False)
 
 
-def read_photographs(source, data_dir):
+def read_photographs(source):
     """Named photographs elsewhere: in a folder of folders, each named as an id, or listed in a CSV (Image,Id) beside them.
 
-    A frame of Image (in a folder of folders: ID/NAME), Id, path, and the boxes and masks that `data_dir` has by NAME.
+    A frame of Image (in a folder of folders: ID/NAME), Id, path, and the boxes and masks that lie beside them.
     """
     source = Path(source)
     if source.is_dir():
@@ -96,8 +94,8 @@ def read_photographs(source, data_dir):
                  if not path.name.startswith('.')]
         if not found:
             raise UserError(f'{source} holds no folders with photographs: make one for each id, named as the id')
-        table = pd.DataFrame({'Image': [path.name for path in found], 'Id': [path.parent.name for path in found],
-                              'path': list(map(str, found))})
+        table = pd.DataFrame({'Image': [f'{path.parent.name}/{path.name}' for path in found],
+                              'Id': [path.parent.name for path in found], 'path': list(map(str, found))})
         _refuse(source, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them', 'write _ in its place')
     elif source.is_file():
         table = read_labels(source)
@@ -106,9 +104,8 @@ def read_photographs(source, data_dir):
         raise UserError(f'{source} is not there: name a folder of folders, or a CSV with the columns Image and Id')
     _refuse(source, table, table['Id'] == NEW_WHALE, f'has photographs of {NEW_WHALE}', 'give each animal a name')
     table = table.reset_index(drop=True)
-    add_boxes((table,), Path(data_dir) / 'bboxes.csv', [])
-    add_masks((table,), Path(data_dir) / 'masks', Path(data_dir) / 'masks.csv', [])
-    return table.assign(Image=table['Id'] + '/' + table['Image']) if source.is_dir() else table
+    add_boxes_and_masks((table,), source if source.is_dir() else source.parent, [])
+    return table
 
 
 def validation_fold(train, fold, seed=0):
@@ -256,6 +253,12 @@ def _read_test(data_dir, check_files, notes):
     test = read_labels(csv, ['Image']).reset_index(drop=True)
     _find_images(test, folder, csv, check_files, notes)
     return test
+
+
+def add_boxes_and_masks(frames, folder, notes):
+    """What `folder` has of bboxes.csv, masks/ and masks.csv, by the frames' image names."""
+    add_boxes(frames, folder / 'bboxes.csv', notes)
+    add_masks(frames, folder / 'masks', folder / 'masks.csv', notes)
 
 
 def add_boxes(frames, csv, notes):

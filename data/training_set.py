@@ -3,10 +3,11 @@ import numpy as np
 import torch
 
 from data.decode import check_images
-from data.duplicates import fingerprints, same_photographs
+from data.duplicates import fingerprints, twins
 from data.images import Crops
 from data.tables import NEW_WHALE, load_tables, training_rows, validation_fold
 from utils.errors import UserError
+from utils.files import write_whole
 
 
 class TrainingSet:
@@ -45,10 +46,11 @@ class TrainingSet:
 
     def _twins_of(self, fold):
         """Which rows outside the fold (n,) bool show a photograph of it: (n,) bool."""
-        marks = fingerprints(self.train['path'])
-        twins = np.zeros(len(marks), bool)
-        twins[np.flatnonzero(~fold)[same_photographs(marks[fold], marks[~fold])[1]]] = True
-        return twins
+        file = self.crops.folder / 'fingerprints.npy'  # the folder is named by what is in the photographs
+        marks = np.load(file) if file.exists() else fingerprints(self.train['path'])
+        if file.parent.exists() and not file.exists():
+            write_whole(file, lambda path: np.save(path, marks))
+        return (twins(marks[fold], marks) >= 0) & ~fold
 
     def class_sizes(self, rows):
         """Images of each class among `rows` (n,) bool, an id's mirror image having as many as the id: (classes,)."""

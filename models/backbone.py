@@ -1,6 +1,5 @@
 """A name -> a feature extractor with a 4-channel stem: which there are, their ImageNet weights, what `freeze` freezes."""
 import difflib
-import hashlib
 import math
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.errors import UserError
+from utils.files import sha256
 
 # block, blocks in layer1..4, and what sets SENet154 apart from the SE-ResNets and SE-ResNeXts (arXiv:1709.01507).
 _SENET154 = dict(groups=64, inplanes=128, input_3x3=True, downsample_kernel_size=3, downsample_padding=1)
@@ -97,7 +97,7 @@ class Grouped(nn.Conv2d):
         if x.dtype != torch.bfloat16 or x.is_cuda or joined < 2:
             return super().forward(x)
         weight = self.weight.view(-1, joined, self.out_channels // self.groups, 1, width, *self.kernel_size)
-        wide = weight * torch.eye(joined, device=x.device).view(1, joined, 1, joined, 1, 1, 1)
+        wide = weight * torch.eye(joined, dtype=weight.dtype, device=x.device).view(1, joined, 1, joined, 1, 1, 1)
         return F.conv2d(x, wide.flatten(3, 4).flatten(0, 2), self.bias, self.stride, self.padding, self.dilation,
                         self.groups // joined)
 
@@ -245,9 +245,7 @@ def _hash_of(file_name):
 
 
 def _check_hash(path):
-    with open(path, 'rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') \
-            else hashlib.sha256(file.read()).hexdigest()  # Python 3.10
+    digest = sha256(path)
     if not digest.startswith(_hash_of(path)):
         raise UserError(f'{path} is damaged: its SHA-256 begins with {digest[:8]}, its name says {_hash_of(path)}; '
                         'delete it and run again')

@@ -16,7 +16,7 @@ import torch
 from data.augment import photometric, to_input
 from data.decode import BadImage, read_image, read_mask
 from data.make_sample import draw_sample
-from data.tables import BOX, add_boxes, add_masks, read_csv
+from data.tables import BOX, add_boxes_and_masks, read_csv
 from data.wild_photographs import draw_wild
 from models.finder_net import FlukeFinder, box_of, find, finder_loss
 from utils.constants import SHARED_RULES, one_of, read_constants, rule
@@ -81,8 +81,7 @@ def list_photographs(folder):
     if frame.empty:
         raise UserError(f'{folder} has no photographs in train/, test/ or playground/train/: put them there, or draw the '
                         'sample with `python -m data.make_sample`')
-    add_boxes((frame,), folder / 'bboxes.csv', [])
-    add_masks((frame,), folder / 'masks', folder / 'masks.csv', [])
+    add_boxes_and_masks((frame,), folder, [])
     written = pd.DataFrame(columns=['Image', *BOX, 'mask'])
     if (folder / 'fluke_finder.csv').is_file():
         written = read_csv(folder / 'fluke_finder.csv', written.columns)
@@ -115,8 +114,11 @@ def collect(known, c):
     given, rng = [], np.random.default_rng(c.seed)
     known = known.iloc[rng.permutation(len(known))[:c.photographs]]
     for row in progress_bar(known.itertuples(), total=len(known), desc='reading', unit='img'):
-        image, has_box = read_image(row.path), row.x0 == row.x0
-        mask = read_mask(row.mask_path, row.mask_rle, image.shape[:2]) if row.has_mask else None
+        try:
+            image, has_box = read_image(row.path), row.x0 == row.x0
+            mask = read_mask(row.mask_path, row.mask_rle, image.shape[:2]) if row.has_mask else None
+        except BadImage:
+            continue  # `search` names it
         if has_box or mask.any():
             given.append(prepare(image, mask, [row.x0, row.y0, row.x1, row.y1] if has_box else None, c))
     if not given and c.train_on == 'given':

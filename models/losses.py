@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 
 
-def sigmoid_ohem_loss(logits, labels, group, hardest=30, named_count=None, weight=None):
+def sigmoid_ohem_loss(logits, labels, group, hardest=30, named_count=None, weight=1.0):
     """Every class is its own yes/no question; only the `hardest` questions of each row teach.
 
     logits (B, 2N), labels (B,). With z = (1 - 2y) * logit: the mean softplus(z) over the min(hardest, 2N) largest z of
     each row, plus the mean softplus(-logit) of the true unit over the rows that have one. Softplus of the logit is the
     cross-entropy of its sigmoid, exact however wrong the logit is. `named_count`, a scalar tensor, replaces the number of
     rows with an id where these rows are a part of a batch: the whole batch's number divided by the number of parts.
-    `weight` (B,) says how much each row teaches.
+    `weight`, (B,) or one number, says how much each row teaches.
     """
     classes = logits.shape[1]
-    weight = torch.ones_like(logits[:, 0]) if weight is None else weight
     named = labels < classes  # (B,)
     true = labels.clamp(max=classes - 1)[:, None]  # (B, 1); any unit where there is none, masked below
     own = F.one_hot(labels, classes + 1)[:, :classes].bool()  # (B, 2N)
@@ -52,11 +51,11 @@ def hardest_pairs(distance, positive, negative):
     return farthest, nearest, positive.any(1) & negative.any(1)
 
 
-def hinge(to_positive, to_negative, valid, margin, weight=None):
+def hinge(to_positive, to_negative, valid, margin, weight=1.0):
     """Mean of max(0, margin + d(a, p) - d(a, n)) over the valid rows, and the share of those rows that are above zero."""
     loss = F.relu(margin + to_positive - to_negative) * valid  # (B,)
     count = valid.sum().clamp(min=1)
-    return (loss if weight is None else loss * weight).sum() / count, ((loss > 0).sum() / count).detach()
+    return (loss * weight).sum() / count, ((loss > 0).sum() / count).detach()
 
 
 def euclidean(a, b):
@@ -64,7 +63,7 @@ def euclidean(a, b):
     return ((a - b).square().sum(-1) + 1e-12).sqrt()
 
 
-def batch_hard_triplet_loss(embedding, labels, group, classes, margin=0.3, weight=None):
+def batch_hard_triplet_loss(embedding, labels, group, classes, margin=0.3, weight=1.0):
     """Batch-hard triplet loss (arXiv:1703.07737) on L2-normalised (B, C); returns loss and share of active triplets.
 
     Mining needs no gradient, so only the mined pairs are differentiated. No valid triplet: zero, with a graph.
@@ -118,7 +117,7 @@ def aligned_distances(strips):
     return torch.maximum(table, table.T)
 
 
-def local_triplet_loss(strips, labels, group, classes, margin=0.3, weight=None):
+def local_triplet_loss(strips, labels, group, classes, margin=0.3, weight=1.0):
     """Batch-hard triplet loss by the aligned distance of (B, S, 512) strips, mined by that distance itself."""
     positive, negative = pair_masks(labels, group, classes)
     with torch.no_grad():
@@ -135,7 +134,7 @@ def arcface_margins(counts):
     return 0.271 * counts.clamp(min=1).float() ** -0.364 + 0.05
 
 
-def arcface_loss(cosines, labels, group, margins, named_count=None, weight=None, scale=20.96):
+def arcface_loss(cosines, labels, group, margins, named_count=None, weight=1.0, scale=20.96):
     """ArcFace (arXiv:1801.07698) over the rows with an id: cosines (B, classes), margins (classes,) in radians.
 
     The scale is that of the same first place. `group`, `named_count` and `weight` as in sigmoid_ohem_loss.
@@ -147,11 +146,10 @@ def arcface_loss(cosines, labels, group, margins, named_count=None, weight=None,
     moved = (own.acos() + margins[true]).clamp(max=math.pi).cos()
     logits = scale * cosines.masked_fill(twin, -1e4).scatter(1, true[:, None], moved[:, None])
     loss = F.cross_entropy(logits, true, reduction='none') * named  # (B,)
-    return (loss if weight is None else loss * weight).sum() / (
-        named.sum().clamp(min=1) if named_count is None else named_count)
+    return (loss * weight).sum() / (named.sum().clamp(min=1) if named_count is None else named_count)
 
 
-def joint_loss(outputs, labels, group, c, margins=None, named_count=None, weight=None, gather=lambda rows: rows):
+def joint_loss(outputs, labels, group, c, margins=None, named_count=None, weight=1.0, gather=lambda rows: rows):
     """Sum of the losses, weighted by the constants `c`; returns it, and its detached parts: sigmoid, triplet, local,
     active share, ArcFace.
 
@@ -165,7 +163,7 @@ def joint_loss(outputs, labels, group, c, margins=None, named_count=None, weight
     if c.w_arcface:
         arcface = arcface_loss(cosines, labels, group, margins, named_count, weight)
     embedding, strips, labels = gather(embedding), gather(strips) if c.w_local else None, gather(labels)
-    weight = None if weight is None else gather(weight)
+    weight = gather(weight)
     triplet, active = batch_hard_triplet_loss(embedding, labels, group, classes, c.margin, weight)
     local = torch.zeros_like(triplet)
     if c.w_local:

@@ -63,5 +63,5 @@ class WhaleNet(nn.Module):
 
 def whale_net(made, classes):
     """The network that the constants of a training describe; `made` is a dict, as a checkpoint holds them."""
-    return WhaleNet(made['model_name'], classes, made['height'], made['width'], made.get('pooling', 'mean'),
-                    made.get('strips', 'down'), made.get('w_arcface', 0) > 0)
+    return WhaleNet(made['model_name'], classes, made['height'], made['width'], made['pooling'], made['strips'],
+                    made['w_arcface'] > 0)

@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data.duplicates import fingerprints, same_photographs
+from data.duplicates import fingerprints, twins
 from data.make_sample import draw_animal, draw_photograph
 
 
@@ -21,25 +21,25 @@ def test_the_same_photograph_is_found_smaller_and_compressed_again(photographs, 
     small, grey = str(tmp_path / 'small.png'), str(tmp_path / 'grey.jpg')
     cv2.imwrite(small, cv2.resize(image, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA))
     cv2.imwrite(grey, cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), [cv2.IMWRITE_JPEG_QUALITY, 40])
-    some, others = same_photographs(fingerprints([small, grey]), fingerprints(photographs))
-    assert some.tolist() == [0, 1] and others.tolist() == [2, 2]
+    assert twins(fingerprints(photographs), fingerprints([small, grey])).tolist() == [2, 2]
+    assert twins(fingerprints([small]), fingerprints(photographs)).tolist() == [-1, -1, 0, -1]
 
 
 def test_photographs_of_one_animal_are_different_photographs(photographs):
     marks = fingerprints(photographs)
-    some, others = same_photographs(marks, marks)
-    assert (some == others).all() and len(some) == 4
+    assert twins(marks, marks).tolist() == [0, 1, 2, 3]
+    assert twins(marks[:2], marks[2:]).tolist() == [-1, -1]
 
 
 def test_mirrored_is_another_photograph(photographs, tmp_path):
     mirror = str(tmp_path / 'mirror.jpg')
     cv2.imwrite(mirror, cv2.imread(photographs[0])[:, ::-1])
-    assert len(same_photographs(fingerprints([mirror]), fingerprints(photographs))[0]) == 0
+    assert (twins(fingerprints([mirror]), fingerprints(photographs)) == -1).all()
 
 
 def test_what_does_not_decode_is_like_nothing(tmp_path):
     for name, content in [('a.jpg', b''), ('b.jpg', b'no image'), ('c.jpg', b'no image')]:
         (tmp_path / name).write_bytes(content)
     marks = fingerprints([str(tmp_path / name) for name in ('a.jpg', 'b.jpg', 'c.jpg')])
-    assert marks.shape == (3, 1024) and len(same_photographs(marks, marks)[0]) == 0
-    assert len(same_photographs(marks[:0], marks)[0]) == 0 and fingerprints([]).shape == (0, 1024)
+    assert marks.shape == (3, 1024) and (twins(marks, marks) == -1).all()
+    assert twins(marks[:0], marks).tolist() == [-1] * 3 and fingerprints([]).shape == (0, 1024)

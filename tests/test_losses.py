@@ -197,10 +197,10 @@ def test_weights_of_images_count_in_every_loss():
     def parts(weight):
         return joint_loss((embedding, logits, strips, cosines), labels, no_twins(), c, margins, weight=weight)[1][[0, 1, 2, 4]]
 
-    assert torch.allclose(parts(torch.ones(24)), parts(None)) and torch.allclose(parts(torch.full((24,), 2.0)), 2 * parts(None))
+    assert torch.allclose(parts(torch.ones(24)), parts(1.0)) and torch.allclose(parts(torch.full((24,), 2.0)), 2 * parts(1.0))
     assert parts(torch.zeros(24)).eq(0).all()
     each = sum(parts(torch.eye(24)[row]) for row in range(24))
-    assert torch.allclose(each, parts(None), rtol=1e-4) and (parts(torch.eye(24)[0]) < parts(None)).all()
+    assert torch.allclose(each, parts(1.0), rtol=1e-4) and (parts(torch.eye(24)[0]) < parts(1.0)).all()
 
 
 def test_arcface_against_a_plain_reference():

@@ -1,4 +1,7 @@
 """test.py: from a checkpoint to submission.csv."""
+import shutil
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -6,7 +9,17 @@ import pytest
 import torch
 
 import test as answer
-from tests.conftest import add_photographs, assert_refused, cut, draw, edit_table, first_row, snapshot, spy_on_batches
+from tests.conftest import (
+    add_photographs,
+    assert_refused,
+    cut,
+    draw,
+    edit_table,
+    first_row,
+    snapshot,
+    spy_on_batches,
+    write_frame,
+)
 from utils import member
 
 
@@ -179,7 +192,11 @@ def test_members_must_fit_each_other(trained):
     np.savez('results/other.npz', **dict(content, ids=content['ids'][::-1]))
     assert_refused(trained.answer(run='r,results/other.npz'), 'other ids')
     np.savez('results/other.npz', images=content['images'])
-    assert_refused(trained.answer(run='r,results/other.npz'), 'other.npz', 'no scores')
+    assert_refused(trained.answer(run='r,results/other.npz'), 'other.npz', 'cannot be read')
+    cut(Path('results/other.npz'))
+    assert_refused(trained.answer(run='r,results/other.npz'), 'other.npz', 'cannot be read')
+    assert_refused(trained.answer(run='gone.npz'), 'gone.npz', 'cannot be read')
+    assert trained.answer(run='results/r/scores.npz', new_whale_share=0.5).code == 0
 
 
 # Enrolment
@@ -203,7 +220,7 @@ def test_enrolled_animals_are_answered_and_the_others_stay_as_they_were(scripts,
     draw(photos / 'test/t05.jpg', 500, rng)  # now a photograph of the new animal
     before = scores(trained.answer(data_dir=photos, gallery_weight=0.5, threshold=0.5).folder)[0]
     enrolled = trained.answer(data_dir=photos, enrol=season)
-    assert enrolled.code == 0 and '5 photographs of 3 ids enrolled' in enrolled.out and '2 ids beside the 10' in enrolled.out
+    assert '5 photographs enrolled, 0 were already; 3 ids' in enrolled.out and '2 ids beside the 10' in enrolled.out
     result = trained.answer(data_dir=photos, gallery_weight=0.5, threshold=0.5)
     after = scores(result.folder)[0]
     assert after.shape == (12, 12)
@@ -213,13 +230,56 @@ def test_enrolled_animals_are_answered_and_the_others_stay_as_they_were(scripts,
     new = [label for label in labels['t05.jpg'].split() if label != 'new_whale']
     assert new[0] == 'w_new1' and after[5, 10] > 1.2 * after[5, 11]
     again = trained.answer(data_dir=photos, enrol=season)  # what is there already is not added twice
-    assert '0 photographs of 0 ids' in again.out
+    assert '0 photographs enrolled, 5 were already' in again.out
+    (season / 'w_3').rename(season / 'w_4')
+    assert_refused(trained.answer(data_dir=photos, enrol=season), 'w_4/0.jpg', 'enrolled as w_3')
 
 
 def test_enrolment_from_a_csv(trained, season):
     table = pd.DataFrame({'Image': ['0.jpg', '1.jpg'], 'Id': ['w_a', 'w_b']})
     table.to_csv(season / 'w_new1/animals.csv', index=False)
-    assert '2 photographs of 2 ids' in trained.answer(enrol=season / 'w_new1/animals.csv').out
+    assert '2 photographs enrolled, 0 were already; 2 ids' in trained.answer(enrol=season / 'w_new1/animals.csv').out
+
+
+def test_photographs_of_the_fold_that_are_enrolled_validate_no_longer(trained, drawn, tmp_path):
+    """They would find themselves. A later photograph of the same file name is another photograph."""
+    new = next(image for image in fold_images('r') if owner_of(drawn, image) == 'new_whale')
+    (tmp_path / 'named' / 'w_named').mkdir(parents=True)
+    shutil.copy(drawn / 'train' / new, tmp_path / 'named/w_named' / new)
+    assert '1 photographs enrolled' in trained.answer(enrol=tmp_path / 'named').out
+    assert '(2 images)' in trained.answer().out
+    draw(tmp_path / 'named/w_named' / new, 7, np.random.default_rng(1))
+    assert '1 photographs enrolled, 0 were already' in trained.answer(enrol=tmp_path / 'named').out
+
+
+def owner_of(data, image):
+    return pd.read_csv(data / 'train.csv').set_index('Image')['Id'][image]
+
+
+def test_enrolling_needs_no_test_photographs_and_all_runs_or_none(trained, season, photos):
+    (photos / 'sample_submission.csv').unlink()
+    assert trained.answer(data_dir=photos, enrol=season).code == 0
+    other = trained.train(run='other', max_iters=2, eval_every=2).folder
+    cut(other / 'best.pth')
+    (season / 'w_new3').mkdir()
+    shutil.copy(season / 'w_new1/0.jpg', season / 'w_new3/1.jpg')
+    (season / 'w_new1/0.jpg').unlink()
+    before = snapshot(trained.answer(run='r').folder)['gallery_best.npz']
+    assert_refused(trained.answer(run='r,other', enrol=season), 'other/best.pth')
+    assert snapshot(Path('results/r'))['gallery_best.npz'] == before
+    assert_refused(trained.answer(run='results/r/scores.npz', enrol=season), 'no gallery')
+
+
+def test_boxes_of_enrolled_photographs_lie_beside_them(trained, season):
+    write_frame(season / 'bboxes.csv', Image=['w_new1/0.jpg', '1.jpg'], x0=[5, 5], y0=[5, 5], x1=[80, 80], y1=[40, 40])
+    assert '1 photographs with a box' in trained.answer(enrol=season).out
+
+
+def test_a_table_with_other_ids_for_the_same_photographs_makes_the_gallery_anew(trained, photos):
+    trained.answer(data_dir=photos)
+    edit_table(photos, lambda table: table.assign(Id=table['Id'].mask(
+        table['Id'].eq('new_whale') & ~table['Id'].duplicated(), 'w_3')))
+    assert trained.answer(data_dir=photos).code == 0
 
 
 def test_what_cannot_be_enrolled_is_said_and_the_gallery_stays(trained, season):
@@ -259,8 +319,31 @@ def test_pseudo_labels_are_learned_from_but_never_what_validates(trained, photos
     seen = set(spy.data.train['Image'].iloc[spy.rows])
     assert 't02.jpg' not in seen and len(seen & set(table['Image'])) >= 9  # in 30 batches most have their turn
     assert fold_images('distilled') == fold_images('r')
-    weight = spy.data.weight[(spy.data.train['source'] == 'pseudo').to_numpy()]
+    weight = spy.data.weight[torch.tensor((spy.data.train['source'] == 'pseudo').tolist())]
     assert (weight == 0.5).all() and len(weight) == 12 and spy.data.weight.sum() == 6 + len(spy.data.train) - 12
+
+
+def test_pseudo_labels_of_the_playground(trained, photos):
+    """Copies of training photographs have their ids; ids that were only enrolled are no labels."""
+    (photos / 'playground/train').mkdir(parents=True)
+    twin, other = pd.read_csv(photos / 'train.csv').query('Id == "w_9"')['Image'].iloc[0], 'p1.jpg'
+    cv2.imwrite(str(photos / 'playground/train/p0.jpg'), cv2.imread(str(photos / 'train' / twin)), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    draw(photos / 'playground/train' / other, 700, np.random.default_rng(3))
+    result = trained.answer(data_dir=photos, pseudo_label_min_score=0.0001, pseudo_new_max_score=0.0)
+    table = pd.read_csv(photos / 'pseudo_labels.csv').set_index('Image')
+    assert table.loc['p0.jpg', 'Id'] == 'w_9' and table.loc['p0.jpg', 'score'] == 1 and len(table) == 14
+    assert '1 of the playground images are photographs of train.csv' in result.out and len(answers(result.folder)) == 12
+    assert_refused(trained.answer(data_dir=photos, pseudo_label_min_score=0.3, pseudo_new_max_score=0.4), 'pseudo_new_max_score')
+
+
+def test_enrolled_ids_are_no_pseudo_labels(trained, photos, tmp_path):
+    for number in range(6):  # these test photographs find themselves
+        (tmp_path / f'all/e{number}').mkdir(parents=True)
+        shutil.copy(photos / f'test/t{number:02d}.jpg', tmp_path / f'all/e{number}')
+    trained.answer(data_dir=photos, enrol=tmp_path / 'all')
+    trained.answer(data_dir=photos, pseudo_label_min_score=0.0001, pseudo_new_max_score=0.0)
+    assert not pd.read_csv(photos / 'pseudo_labels.csv')['Id'].str.startswith('e').any()
+    assert trained.train(run='distilled', data_dir=photos, pseudo_label_weight=0.5, max_iters=1).code == 0
 
 
 def test_without_a_file_of_pseudo_labels(trained):

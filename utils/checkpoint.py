@@ -8,6 +8,7 @@ import torch
 from utils.errors import UserError
 from utils.files import write_whole
 
+ADDED = dict(pooling='mean', strips='down', w_arcface=0.0, ema=0.0)  # constants that older checkpoints lack
 KEEP = 3  # the best evaluations of a step also stay under their iteration
 
 
@@ -27,7 +28,7 @@ def load(path, device='cpu'):
                         'delete it or name another with checkPoint_start') from error
     if not isinstance(state, dict) or not {'model', 'ids', 'constants', 'iteration', 'fold_images'} <= set(state):
         raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')
-    return state
+    return {'raw': None, **state, 'constants': {**ADDED, **state['constants']}}
 
 
 def fill(net, state, path):
@@ -35,9 +36,10 @@ def fill(net, state, path):
     try:
         net.load_state_dict(state['model'])
     except RuntimeError as error:
-        made = state['constants']
-        raise UserError(f'the weights in {path} do not fit: it was trained with model_name = {made.get("model_name")!r}, '
-                        f'flip_is_new_id = {made.get("flip_is_new_id")}; set the same, or name another checkpoint') from error
+        made = ', '.join(f'{name} = {state["constants"].get(name)!r}' for name in (
+            'model_name', 'flip_is_new_id', 'pooling', 'w_arcface'))
+        raise UserError(f'the weights in {path} do not fit: it was trained with {made}; set the same, or name another '
+                        'checkpoint') from error
 
 
 def find(folder, start, before_step=None):

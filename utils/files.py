@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 import fcntl
+import hashlib
 import os
 import tempfile
 from contextlib import contextmanager, suppress
@@ -27,6 +28,15 @@ def write_whole(path, write):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sha256(path):
+    """Of a file's content, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2 ** 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """One trained network as it answers: scores of validation and test images, with those of its gallery mixed in."""
 import hashlib
 import tempfile
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 
 from data.images import Crops
@@ -12,12 +14,21 @@ from models.whale_net import whale_net
 from utils import checkpoint
 from utils.device import amp_dtype, compile_network
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import sha256, write_whole
 from utils.log import progress_bar
 from utils.metrics import choose_threshold
 from utils.scores import Gallery, calibrate, fuse, predict, predict_batches
 
 VIEWS = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.93), (0.0, 0.0, 1.07))  # x, y, scale
+
+
+GALLERY = ('embeddings', 'images', 'owners', 'enrolled', 'key')
+
+
+def on_disk(folder, shape, dtype):
+    """An array in a nameless file: a score for each image and id may be more than memory holds."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, 'w+', shape=shape)
 
 
 @dataclass
@@ -32,43 +43,39 @@ class Scores:
     valid: torch.Tensor
 
 
-def saved_scores(path):
-    """The Scores in a scores.npz that test.py wrote. UserError when it holds something else."""
+def load_arrays(path, names, remedy):
+    """The arrays of an npz, by name. UserError, which ends in `remedy`, when they cannot be read."""
     try:
         with np.load(path) as file:
-            return Scores(str(path), file['ids'].tolist(), file['images'].tolist(), file['scores'],
-                          file['valid_images'].tolist(), torch.from_numpy(file['valid'].astype(np.float32)))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'{path} holds no scores of test.py ({error}): run test.py for that training again') from error
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f'{path} cannot be read ({error}): {remedy}') from error
 
 
-def save_scores(path, scores, threshold):
-    """Write Scores whole, as float16."""
-    write_whole(path, lambda temporary: np.savez(
-        temporary, scores=scores.table.astype(np.float16), ids=np.array(scores.ids), images=np.array(scores.images),
-        threshold=threshold, valid=scores.valid.numpy().astype(np.float16), valid_images=np.array(scores.valid_images)))
+def saved_scores(path):
+    """The Scores in a scores.npz that test.py wrote."""
+    file = load_arrays(path, ('ids', 'images', 'scores', 'valid_images', 'valid'), 'run test.py for that training again')
+    return Scores(str(path), file['ids'].tolist(), file['images'].tolist(), file['scores'], file['valid_images'].tolist(),
+                  torch.from_numpy(file['valid'].astype(np.float32)))
 
 
 class Member:
-    """A checkpoint: its network, the crops that it sees, and its gallery: the labelled photographs, and enrolled ones.
+    """A checkpoint: its network, and its gallery: the labelled photographs of the table `train`, and enrolled ones.
 
-    `train`, `asked`: the tables of labelled and of test images; `ids`: the N names that it was trained on.
+    `ids`: the N names that it was trained on. `crops`: where crops of one size are shared by members.
     """
 
-    def __init__(self, c, file, train, asked, ids, crops):
+    def __init__(self, c, file, train, ids, crops):
         state = checkpoint.load(file)
         if state['ids'] != ids:
             odd = sorted(set(state['ids']) ^ set(ids))
             raise UserError(f'{file} was trained on other ids than {c.data_dir}/train.csv has ({len(odd)} differ, such as '
                             f'{odd[0]}): its answers would be wrong; use the data folder that it was trained on')
         self.c, self.file, self.name = c, file, f'{file.parent.name}/{file.stem}'
-        self.train, self.asked, self.ids = train, asked, ids
+        self.train, self.ids, self.shared = train, ids, crops
         self.made, self.fold_images = state['constants'], state['fold_images']
         self.size = self.made['height'], self.made['width']
-        for part, frame in enumerate((train, asked)):
-            if (part, self.size) not in crops:  # one size for most ensembles
-                crops[part, self.size] = self.new_crops(frame)
-        self.labelled, self.test = (crops[part, self.size] for part in (0, 1))
+        self.labelled = self.crops_of(train)
         self.net = whale_net(self.made, len(ids) * (2 if self.made['flip_is_new_id'] else 1))
         checkpoint.fill(self.net, state, file)
         self.net.to(c.device, memory_format=torch.channels_last)
@@ -80,7 +87,14 @@ class Member:
                          amp_dtype(c.precision, c.device), VIEWS[:c.views])
         self._load_gallery()
 
-    def new_crops(self, frame):
+    def crops_of(self, frame):
+        """Of a table that lives as long as `crops`."""
+        key = id(frame), self.size
+        if key not in self.shared:  # one size for most ensembles
+            self.shared[key] = self._crops(frame)
+        return self.shared[key]
+
+    def _crops(self, frame):
         return Crops(frame, *self.size, self.c.cache_dir, cache=self.c.cache, device=self.c.device)
 
     def embed(self, crops, rows, what):
@@ -89,67 +103,73 @@ class Member:
         bar = progress_bar(batches, total=-(-len(rows) // self.c.batch_size), desc=f'{self.name}: {what}')
         return torch.cat([embeddings for _, embeddings in bar])
 
-    # The gallery: `embeddings` (G, 2, C), `images` and `owners` (G) names of the photographs and of their ids.
-
     def _load_gallery(self):
+        """embeddings (G, 2, C), images and owners (G) of the photographs, enrolled (G): those have their file's hash as image."""
         self.gallery_file = self.file.parent / f'gallery_{self.file.stem}.npz'
-        with open(self.file, 'rb') as file:
-            digest = hashlib.sha256()
-            for block in iter(lambda: file.read(2 ** 24), b''):
-                digest.update(block)
-        rows = np.flatnonzero((self.train['Id'].isin(self.ids)).to_numpy() & self.labelled.readable(self.c.skip_bad_images))
-        self.images, self.owners = self.train['Image'].to_numpy(str)[rows], self.train['Id'].to_numpy(str)[rows]
-        # of these weights and crops; the key of the crops holds their boxes, masks and files
-        self.key = f'{digest.hexdigest()} {self.labelled.key} {self.c.views}'
-        saved = {}
+        rows = np.flatnonzero(self.train['Id'].isin(self.ids).to_numpy() & self.labelled.readable(self.c.skip_bad_images))
+        self.images, self.owners = (self.train[name].to_numpy(str)[rows] for name in ('Image', 'Id'))
+        self.enrolled = np.zeros(len(rows), bool)
+        self.network_key = f'{sha256(self.file)} {self.c.views}'
+        names = hashlib.sha256(self.train[['Image', 'Id']].to_csv().encode()).hexdigest()
+        self.key = f'{self.network_key} {self.labelled.key} {names}'  # the crops' key holds files, boxes and masks
+        saved = None
         if self.gallery_file.exists():
-            try:
-                with np.load(self.gallery_file) as file:
-                    saved = dict(file)
-                saved_key = str(saved['key'])
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f'{self.gallery_file} is no gallery of test.py ({error}): delete it and enrol again') from error
-            if saved_key.split()[0] != digest.hexdigest():
+            saved = load_arrays(self.gallery_file, GALLERY, 'delete it, then enrol its new ids again')
+            if not str(saved['key']).startswith(self.network_key):
                 if saved['enrolled'].any():
-                    raise UserError(f'{self.gallery_file} was made with other weights than {self.file} has now: delete it, '
-                                    'then enrol its new ids again')
-                saved = {}
-        own = slice(0, len(rows))
-        if saved and saved_key == self.key and (saved['images'][own] == self.images).all():
-            embeddings = torch.from_numpy(saved['embeddings'][own]).float().to(self.c.device)
-        else:
-            embeddings = self.embed(self.labelled, rows, 'gallery')
-        self.embeddings, self.enrolled = embeddings, np.zeros(len(rows), bool)
+                    raise UserError(f'{self.gallery_file} was made with other weights or views than {self.file} has now: delete '
+                                    'it, then enrol its new ids again')
+                saved = None
+        if saved and str(saved['key']) == self.key:
+            self.images, self.owners, self.enrolled = (saved[name] for name in ('images', 'owners', 'enrolled'))
+            self.embeddings = torch.from_numpy(saved['embeddings']).float().to(self.c.device)
+            return
+        self.embeddings = self.embed(self.labelled, rows, 'gallery').half().float()  # as a later call reads them
         if saved:
             new = saved['enrolled']
-            self.add(saved['images'][new], saved['owners'][new], torch.from_numpy(saved['embeddings'][new]).float())
+            self.add(*(saved[name][new] for name in ('images', 'owners')), torch.from_numpy(saved['embeddings'][new]).float())
         self.save_gallery()
 
     def add(self, images, owners, embeddings):
-        self.embeddings = torch.cat([self.embeddings, embeddings.to(self.c.device)])
+        self.embeddings = torch.cat([self.embeddings, embeddings.to(self.c.device).half().float()])
         self.images, self.owners = np.concatenate([self.images, images]), np.concatenate([self.owners, owners])
         self.enrolled = np.concatenate([self.enrolled, np.ones(len(images), bool)])
 
+    def enrol(self, frame):
+        """Add photographs under their ids, to be kept by `save_gallery`; the number of those that were not there yet."""
+        names = np.array([sha256(path)[:16] for path in frame['path']])
+        known = dict(zip(self.images[self.enrolled], self.owners[self.enrolled]))
+        for name, image, owner in zip(names, frame['Image'], frame['Id']):
+            if known.setdefault(name, owner) != owner:
+                raise UserError(f'{image} is enrolled as {known[name]} already, not as {owner}: delete {self.gallery_file} and '
+                                'enrol all photographs again, or leave it out')
+        fresh = ~np.isin(names, self.images[self.enrolled]) & ~pd.Series(names).duplicated().to_numpy()
+        frame, names = frame[fresh].reset_index(drop=True), names[fresh]
+        if len(frame):
+            crops = self._crops(frame)
+            crops.readable(False)
+            self.add(names, frame['Id'].to_numpy(str), self.embed(crops, np.arange(len(frame)), 'enrolment'))
+        return len(frame)
+
     def save_gallery(self):
-        embeddings = self.embeddings.half().cpu().numpy()
-        self.embeddings = self.embeddings.half().float()  # what a later call reads
-        write_whole(self.gallery_file, lambda path: np.savez(
-            path, embeddings=embeddings, images=self.images, owners=self.owners, enrolled=self.enrolled, key=self.key))
+        arrays = self.embeddings.half().cpu().numpy(), self.images, self.owners, self.enrolled, self.key
+        write_whole(self.gallery_file, lambda path: np.savez(path, **dict(zip(GALLERY, arrays))))
 
     @property
     def all_ids(self):
         """The ids that were trained, then those that were only enrolled."""
         return [*self.ids, *sorted(set(self.owners[self.enrolled]) - set(self.ids))]
 
-    # Scores
-
-    def scores(self):
-        """Its Scores; prints what the classifiers, the gallery and both reach on validation."""
+    def scores(self, asked):
+        """Its Scores of the table `asked`; prints what the classifiers, the gallery and both reach on validation."""
         names, device = self.all_ids, self.c.device
         number = dict(zip(names, range(len(names))))
         owners = torch.tensor([number[name] for name in self.owners], device=device)
         valid = self.train['Image'].isin(self.fold_images).to_numpy() & self.labelled.readable(self.c.skip_bad_images)
-        rows, in_fold = np.flatnonzero(valid), torch.from_numpy(np.isin(self.images, self.fold_images) & ~self.enrolled)
+        rows = np.flatnonzero(valid)
+        if self.enrolled.any():  # a photograph of the fold that was enrolled since would find itself
+            rows = rows[[sha256(path)[:16] not in self.images[self.enrolled] for path in self.train['path'].iloc[rows]]]
+        in_fold = torch.from_numpy(np.isin(self.images, self.fold_images) & ~self.enrolled)
         truth = torch.tensor([number.get(name, len(names)) for name in self.train['Id'].iloc[rows]])
         with progress_bar(total=len(rows), desc=f'{self.name}: validation', unit='img') as bar:
             classifier, queries = predict(self.net, self.labelled, rows, *self.settings, progress=bar.update)  # (V, N), (V, 2, C)
@@ -165,23 +185,18 @@ class Member:
         reached = [choose_threshold(fuse(classifier, near, weight), truth)[1] for weight in (0.0, 1.0, self.weight)]
         print(f'{self.name}: validation MAP@5 ({len(rows)} images): classifiers {reached[0]:.3f}, gallery {reached[1]:.3f}, '
               f'gallery weight {self.weight:.2f}: {reached[2]:.3f}')
-        self.scratch = tempfile.TemporaryFile(dir=self.file.parent)  # a score for each image and id may be more than memory holds
-        table = np.memmap(self.scratch, np.float32, 'w+', shape=(len(self.asked), len(names)))
-        batches = predict_batches(self.net, self.test, np.arange(len(self.asked)), *self.settings)
-        bar, first = progress_bar(total=len(self.asked), desc=f'{self.name}: test', unit='img'), 0
-        with bar:
-            for classifier, queries in batches:
-                block = slice(first, first + len(queries))
-                table[block] = fuse(classifier, curve(self.gallery.scores(queries)), self.weight).cpu()
+        table, self.test, first = on_disk(self.file.parent, (len(asked), len(names)), np.float32), self.crops_of(asked), 0
+        with progress_bar(total=len(asked), desc=f'{self.name}: test', unit='img') as bar:
+            for classifier, queries in predict_batches(self.net, self.test, np.arange(len(asked)), *self.settings):
+                table[first:first + len(queries)] = fuse(classifier, curve(self.gallery.scores(queries)), self.weight).cpu()
                 bar.update(len(queries))
                 first += len(queries)
-        table[~self.test.readable(self.c.skip_bad_images) | self.asked['bad'].to_numpy(bool)] = -1
-        return Scores(self.name, names, self.asked['Image'].tolist(), table, self.train['Image'].iloc[rows].tolist(), fused)
+        table[~self.test.readable(self.c.skip_bad_images) | asked['bad'].to_numpy(bool)] = -1
+        return Scores(self.name, names, asked['Image'].tolist(), table, self.train['Image'].iloc[rows].tolist(), fused)
 
     def _choose_weight(self, classifier, near, truth):
         """The gallery's weight that is best on validation. A small fold is noisy: one whose neighbours are good too."""
-        grid = torch.linspace(0, 1, 21)
-        values = torch.tensor([choose_threshold(fuse(classifier, near, weight.item()), truth)[1] for weight in grid])
-        smooth = torch.nn.functional.conv1d(torch.stack([values, torch.ones_like(values)])[:, None],
-                                            torch.tensor([[[1.0, 2, 3, 2, 1]]]), padding=2)[:, 0]
-        return grid[(smooth[0] / smooth[1]).argmax()].item()
+        grid, kernel = np.linspace(0, 1, 21), [1, 2, 3, 2, 1]
+        values = [choose_threshold(fuse(classifier, near, weight), truth)[1] for weight in grid.tolist()]
+        smooth = np.convolve(values, kernel, 'same') / np.convolve(np.ones_like(values), kernel, 'same')
+        return grid[smooth.argmax()].item()

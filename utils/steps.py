@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 STEP = ('freeze', 'min_num_class', 'lr', 'checkPoint_start')
 FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed', 'pretrained', 'pooling', 'strips',
-         'w_arcface', 'ema')  # of a run, over all its steps
+         'w_arcface', 'w_local', 'ema')  # of a run, over all its steps
 
 
 def plan(c, folder):
@@ -38,9 +38,10 @@ def plan(c, folder):
                   checkPoint_start=c.checkPoint_start if i == 0 else between) for i, row in enumerate(rows)]
     if last:
         for name in FIXED:
-            if last['constants'][name] != getattr(c, name):
-                raise UserError(f'{folder} was trained with {name} = {last["constants"][name]!r}, not '
-                                f'{getattr(c, name)!r}; set it back, or choose another run')
+            was, now = last['constants'][name], getattr(c, name)
+            if bool(was) != bool(now) if name.startswith('w_') else was != now:  # of a loss: whether its layers are trained
+                raise UserError(f'{folder} was trained with {name} = {was!r}, not '
+                                f'{now!r}; set it back, or choose another run')
     if not same:
         if c.checkPoint_start:
             checkpoint.find(folder, c.checkPoint_start, before_step=first)
