@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from figs import draw
 from utils import figures
 
 
@@ -61,28 +60,6 @@ def test_matches_stand_beside_their_query(tmp_path, saved):
     assert titles == [['query $1$', 'a', 'b'], ['query 2', 'c', '']]
     shades = [axes.images[0].get_array()[0, 0, 0] for axes in saved[0].axes if axes.images]
     assert shades == [10, 50, 60, 20, 70]
-
-
-@pytest.mark.parametrize('picture', ['draw_model', 'draw_map5'])
-def test_the_pictures_of_the_readme_keep_every_word_inside(tmp_path, picture, saved):
-    getattr(draw, picture)(tmp_path / 'p.png')
-    assert (tmp_path / 'p.png').stat().st_size < 150_000
-    size = saved[0].bbox
-    for text in saved[0].axes[0].texts:
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= size.x1 and box.y1 <= size.y1, text.get_text()
-    image = pixels(tmp_path / 'p.png')
-    assert (image[[0, -1]] == 255).all() and (image[:, [0, -1]] == 255).all()  # nothing is cut off
-
-
-def test_the_drawn_fluke_differs_from_its_mirror_image():
-    outlines = []
-    for mirror in (False, True):
-        axes = draw._canvas(10, 5)
-        draw._photo(axes, 0, 0, 10, 5, mirror=mirror)
-        outlines.append(axes.patches[1].get_xy())
-    np.testing.assert_allclose(outlines[0] * [-1, 1] + [10, 0], outlines[1])
-    assert outlines[0][:, 0].min() >= 0 and outlines[0][:, 0].max() <= 10
 
 
 def test_a_failing_plot_leaves_the_old_picture(tmp_path):
