@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
+import models.whale_net
 from data.images import MARGIN, raw_size
+from tests.conftest import SmallBackbone
 from utils.scores import Gallery, calibrate, fuse, predict
 
 HEIGHT, WIDTH, IDS = 16, 32, 3
@@ -87,6 +89,38 @@ def test_the_network_sees_the_box_without_its_margin():
             return images.mean((2, 3)), images.new_zeros(4, 2 * IDS), None, None
 
     predict(Look(), Framed(), np.arange(2), 64, 128, IDS)
+
+
+def test_mirroring_all_photographs_and_swapping_the_halves_of_the_label_space_changes_no_score(monkeypatch):
+    monkeypatch.setattr(models.whale_net, 'build_backbone', SmallBackbone)
+    torch.manual_seed(0)
+    net = models.whale_net.WhaleNet('small', 2 * IDS, 32, 64).eval()
+    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.head.bias)
+    height, width = raw_size(32, 64)
+    crops = torch.randint(256, (9, height, width, 3), dtype=torch.uint8)
+    masks = torch.randint(2, (9, height, width), dtype=torch.uint8)
+
+    def both(crops, masks):
+        packed = torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
+        scores, embeddings = predict(net, Rows(crops, packed), np.arange(9), 32, 64, IDS)
+        return scores, Gallery(embeddings[:6], torch.arange(6) % IDS, IDS).scores(embeddings[6:])
+
+    before = both(crops, masks)
+    with torch.no_grad():
+        for part in (net.head.weight, net.head.bias):
+            part.copy_(part.roll(IDS, 0))
+    for one, other in zip(before, both(crops.flip(2), masks.flip(2))):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert not torch.allclose(before[0], both(crops, masks)[0], atol=1e-2)
+
+
+class Rows:
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __getitem__(self, rows):
+        return [part[rows] for part in self.parts]
 
 
 def test_gallery_against_two_loops():

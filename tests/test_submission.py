@@ -1,4 +1,5 @@
 """test.py: from a checkpoint to submission.csv."""
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.conftest import (
     write_frame,
 )
 from utils import member
+from utils.metrics import score_submission
 
 
 @pytest.fixture
@@ -197,6 +199,20 @@ def test_members_must_fit_each_other(trained):
     assert_refused(trained.answer(run='r,results/other.npz'), 'other.npz', 'cannot be read')
     assert_refused(trained.answer(run='gone.npz'), 'gone.npz', 'cannot be read')
     assert trained.answer(run='results/r/scores.npz', new_whale_share=0.5).code == 0
+
+
+def test_a_submission_for_the_photographs_of_the_fold_scores_as_validation_did(trained, photos):
+    """So the threshold is applied once, and to the same scores. The gallery, which knows these photographs, is left out."""
+    images = fold_images('r')
+    shutil.rmtree(photos / 'test')
+    (photos / 'test').mkdir()
+    for image in images:
+        shutil.copy(photos / 'train' / image, photos / 'test' / f't{image}')
+    write_frame(photos / 'sample_submission.csv', Image=[f't{image}' for image in images], Id='new_whale')
+    write_frame(photos / 'truth.csv', Image=[f't{image}' for image in images], Id=[owner_of(photos, image) for image in images])
+    result = trained.answer(data_dir=photos, gallery_weight=0.0)
+    said = re.search(r'validation MAP@5 ([0-9.]+) at threshold', result.out)[1]
+    assert f'{score_submission(result.folder / "submission.csv", photos / "truth.csv")["map5"]:.3f}' == said
 
 
 # Enrolment
