@@ -28,6 +28,7 @@ STAGES = (0.5, 0.3, 0.2)  # of them
 NETWORK = dict(model_name='seresnext14', height=64, width=64, pretrained=False, eval_every=250, patience=10 ** 6)
 
 PUBLISHED = dict(steps=[(10, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)], strength_scratch=(1.0, 1.0))
+COSINE = dict(stages='cosine', lr=2e-3, steps=[None])
 OURS = dict(steps=[(0, False, 1e-3), (0, False, 3e-4), (0, False, 1e-4)])
 
 
@@ -57,8 +58,10 @@ ROWS = {  # name -> constants, and what is patched
     '+ strips across': (dict(OURS, strips='across'), {}),
     '+ sub-center ArcFace': (dict(OURS, w_arcface=0.3), {}),
     '+ averaged weights': (dict(OURS, ema=0.99), {}),
-    '+ AdamW, cosine, one run': (dict(stages='cosine', lr=2e-3, steps=[None]), {}),
+    '+ AdamW, cosine, one run': (COSINE, {}),
     '+ timm/resnet18 in place of SE-ResNeXt': (dict(OURS, model_name='timm/resnet18'), {}),
+    'AdamW, cosine, full strength': (dict(COSINE, strength_scratch=(1.0, 1.0)), {}),
+    'AdamW, cosine, full strength, P x 4 images': (dict(COSINE, strength_scratch=(1.0, 1.0), images_per_id=4), {}),
 }
 
 
