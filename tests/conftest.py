@@ -202,3 +202,27 @@ def add_photographs(photos):
     for name in names:
         shutil.copy(photos / 'test/t00.jpg', photos / 'train' / name)
     edit_table(photos, lambda table: pd.concat([table, pd.DataFrame(dict(Image=names, Id=['w_0', 'w_1']))]))
+
+
+@pytest.fixture
+def trained(scripts):
+    """The scripts, and a training of four iterations in results/r."""
+    assert scripts.train(max_iters=4, eval_every=2).code == 0
+    return scripts
+
+
+def answers(folder):
+    return pd.read_csv(folder / 'submission.csv')
+
+
+def scores(folder):
+    with np.load(folder / 'scores.npz') as file:
+        return file['scores'].astype(float), file['threshold'].item()
+
+
+def fold_images(run):
+    return torch.load(f'results/{run}/best.pth', weights_only=True)['fold_images']
+
+
+def owner_of(data, image):
+    return pd.read_csv(data / 'train.csv').set_index('Image')['Id'][image]

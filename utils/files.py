@@ -48,10 +48,11 @@ def held(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another training writes to {folder}: wait for it, stop it, or choose another run') from None
         yield
-    except BlockingIOError:
-        raise UserError(f'another training writes to {folder}: wait for it, stop it, or choose another run') from None
     finally:
         os.close(handle)
         with suppress(OSError):
