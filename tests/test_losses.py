@@ -220,3 +220,11 @@ def test_arcface_against_a_plain_reference():
 def test_arcface_margins_are_those_of_happywhale():
     expected = [0.321, 0.271 * 20 ** -0.364 + 0.05, 0.321]
     assert arcface_margins(torch.tensor([1, 20, 0])).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_aligned_distances_of_more_rows_than_a_block_has():
+    """Each pair is computed once, in one of several blocks, and stands on both sides of the diagonal."""
+    strips = F.normalize(torch.randn(53, 4, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    table = aligned_distances(strips)
+    a, b = torch.arange(53).repeat_interleave(53), torch.arange(53).repeat(53)
+    assert torch.allclose(table, aligned_distance(strips[a], strips[b]).view(53, 53), atol=1e-3)
