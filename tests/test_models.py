@@ -255,3 +255,19 @@ def test_logits_are_not_rounded_to_bf16():
     assert (logits != logits.bfloat16().float()).float().mean() > 0.9
     with torch.no_grad():
         assert torch.allclose(logits, 16 * net.head(embedding), rtol=1e-5, atol=1e-5)
+
+
+def test_gem_is_the_power_mean():
+    net = WhaleNet('seresnext14', 6, *SIZE, pooling='gem')
+    features = torch.rand(2, 8, 3, 5) + 0.1
+    assert torch.allclose(net.pool(features), (features ** 3).mean((2, 3)) ** (1 / 3), atol=1e-5)
+    with torch.no_grad():
+        net.power.fill_(1.0)
+    assert torch.allclose(net.pool(features), features.mean((2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize('strips, count', [('down', 2), ('across', 4)])
+def test_strips_lie_down_or_across_the_image(strips, count):
+    net = WhaleNet('seresnext14', 6, 64, 128, strips=strips).eval()
+    with torch.no_grad():
+        assert net(torch.rand(2, 4, 64, 128))[2].shape == (2, count, 512)
