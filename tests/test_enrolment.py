@@ -91,10 +91,17 @@ def test_boxes_of_enrolled_photographs_lie_beside_them(trained, season):
 
 
 def test_a_table_with_other_ids_for_the_same_photographs_makes_the_gallery_anew(trained, photos):
-    trained.answer(data_dir=photos)
+    before = gallery(trained.answer(data_dir=photos))
     edit_table(photos, lambda table: table.assign(Id=table['Id'].mask(
         table['Id'].eq('new_whale') & ~table['Id'].duplicated(), 'w_3')))
-    assert trained.answer(data_dir=photos).code == 0
+    assert gallery(trained.answer(data_dir=photos)) == before + 1
+
+
+def gallery(result):
+    """How many photographs the gallery of an answer has."""
+    assert result.code == 0
+    with np.load(result.folder / 'gallery_best.npz') as file:
+        return len(file['images'])
 
 
 def test_what_cannot_be_enrolled_is_said_and_the_gallery_stays(trained, season):
