@@ -43,3 +43,12 @@ def test_what_does_not_decode_is_like_nothing(tmp_path):
     marks = fingerprints([str(tmp_path / name) for name in ('a.jpg', 'b.jpg', 'c.jpg')])
     assert marks.shape == (3, 1024) and (twins(marks, marks) == -1).all()
     assert twins(marks[:0], marks).tolist() == [-1] * 3 and fingerprints([]).shape == (0, 1024)
+
+
+def test_how_alike_two_photographs_must_be():
+    one = np.zeros((1, 1024), np.float32)
+    one[0, 0] = 1
+    others = np.zeros((2, 1024), np.float32)
+    for row, cosine in enumerate((0.97, 0.98)):
+        others[row, :2] = cosine, (1 - cosine ** 2) ** 0.5
+    assert twins(one, others).tolist() == [-1, 0]
