@@ -195,3 +195,10 @@ def test_two_trainings_do_not_write_to_one_folder(scripts, work):
         other.wait()
     assert snapshot(work / 'results/r') == before
     assert scripts.train(max_iters=9).code == 0
+
+
+def test_a_loss_cannot_come_or_go_within_a_run(scripts):
+    """Its layers would have no state in the optimizer; another weight above 0 is no matter."""
+    scripts.train()
+    assert_refused(scripts.train(w_local=0.0, max_iters=9), 'w_local')
+    assert scripts.train(w_local=0.5, max_iters=9).code == 0
