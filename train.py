@@ -260,7 +260,7 @@ def train_step(c, step, data, folder, state, clock):
                 for settings in optimizer.param_groups:
                     settings['lr'] = step['lr'] * min(20 * done, 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
             measured = learn(c, model, optimizer, images, labels, group, amp, state['threshold'], margins, weight)  # (10,)
-            if c.ema:
+            if averaged:
                 averaged.update_parameters(net)
             sums += measured
             bad = torch.where(torch.isfinite(measured[0]), bad, bad.clamp(max=state['iteration']))

@@ -143,8 +143,7 @@ def find_bad_images(paths, workers=None):
             return error.reason
 
     with ThreadPoolExecutor(workers or min(16, 4 * (os.cpu_count() or 1))) as pool:
-        reasons = pool.map(reason, paths)
-        reasons = list(tqdm(reasons, 'checking images', len(paths), unit='img', disable=len(paths) <= 2000))
+        reasons = list(tqdm(pool.map(reason, paths), 'checking images', len(paths), unit='img', disable=len(paths) <= 2000))
     return {path: reason for path, reason in zip(paths, reasons) if reason}
 
 

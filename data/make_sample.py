@@ -114,7 +114,7 @@ def draw_marks(rng, albedo):
         cv2.polylines(albedo, lines, False, colour, 1 + int(rng.random() < 0.25), cv2.LINE_AA, 3)
     for _ in range(rng.poisson(4)):
         x, y, colour = place()
-        for centre in np.int32(rng.normal([x, y], 12, (rng.poisson(6), 2))):
+        for centre in rng.normal([x, y], 12, (rng.poisson(6), 2)).astype(np.int32):
             cv2.circle(albedo, centre.tolist(), int(rng.integers(1, 4)), colour, -1, cv2.LINE_AA)
 
 
@@ -129,7 +129,7 @@ def draw_animal(seed, animal, num_ids):
         return np.dstack([albedo / np.float32(255), picture[..., 1]])
     outline = draw_outline(rng) * canvas_scale + [centre_x, centre_y]
     cover = np.zeros((canvas_h, canvas_w), np.uint8)
-    cv2.fillPoly(cover, [np.int32(outline * 8)], 255, cv2.LINE_AA, 3)
+    cv2.fillPoly(cover, [(outline * 8).astype(np.int32)], 255, cv2.LINE_AA, 3)
     depth = cv2.distanceTransform((cover > 127).astype(np.uint8), cv2.DIST_L2, 5) / canvas_scale
     outward = smoothstep(np.abs(np.arange(canvas_w) - centre_x) / canvas_scale, 0.05, 0.6)      # (W,)
     white = rng.normal(-0.2, 0.9) + rng.uniform(0.5, 2.5) * (outward - 0.5)

@@ -48,7 +48,8 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
     With `check_files` False the images listed need not exist. With `pseudo` the images of pseudo_labels.csv join the
     training table, from test/ and playground/train/.
     """
-    data_dir, csv, notes = Path(data_dir), Path(data_dir) / 'train.csv', []
+    data_dir, csv = Path(data_dir), Path(data_dir) / 'train.csv'
+    notes: list[str] = []
     if not csv.is_file():
         raise UserError(f'data_dir = {data_dir} holds no train.csv: unpack '
                         'https://www.kaggle.com/c/humpback-whale-identification/data so that train.csv and '
@@ -306,7 +307,7 @@ def _read_groups(csv, ids, notes):
     if not csv.is_file():
         notes.append('duplicate_ids.csv: absent, each id is a whale of its own')
         return None
-    parent = {}
+    parent: dict[str, str] = {}
 
     def root(name):
         while parent.setdefault(name, name) != name:

@@ -2,6 +2,7 @@
 import difflib
 import math
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -121,13 +122,13 @@ class SENetBackbone(nn.Module):
         network = senet.SENet(block, layers, reduction=16, dropout_p=None, num_classes=1, **options)
         for layer in ('layer0', 'layer1', 'layer2', 'layer3', 'layer4'):
             setattr(self, layer, getattr(network, layer))
-        for layer in self.modules():
-            if isinstance(layer, senet.SEModule):  # in each case the same parameters under the same names
-                layer.__class__ = SqueezeExcite
-            elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
-                layer.__class__ = Grouped
-            elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-                layer.__class__ = Pointwise
+        for module in self.modules():
+            if isinstance(module, senet.SEModule):  # in each case the same parameters under the same names
+                module.__class__ = SqueezeExcite
+            elif isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.__class__ = Grouped
+            elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+                module.__class__ = Pointwise
         self.channels = 512 * block.expansion
 
     def forward(self, x):
@@ -151,9 +152,9 @@ class TimmBackbone(nn.Module):
         features = self.network.forward_features(x)
         if features.dim() == 3:  # (B, tokens, C)
             features = features[:, self.network.num_prefix_tokens:]
-            h, w = self.network.patch_embed.dynamic_feat_size(x.shape[-2:]) \
-                if hasattr(self.network.patch_embed, 'dynamic_feat_size') else self.network.patch_embed.grid_size
-            return features.transpose(1, 2).unflatten(2, (h, w))
+            cut: Any = self.network.patch_embed
+            size = cut.dynamic_feat_size(x.shape[-2:]) if hasattr(cut, 'dynamic_feat_size') else cut.grid_size
+            return features.transpose(1, 2).unflatten(2, size)  # (B, C, h, w)
         if features.shape[1] != self.channels:  # (B, h, w, C)
             features = features.permute(0, 3, 1, 2)
         return features
@@ -168,7 +169,7 @@ def widen_stem(model):
     with torch.no_grad():
         wide.weight.zero_()
         wide.weight[:, :3] = stem.weight
-        if stem.bias is not None:
+        if stem.bias is not None and wide.bias is not None:
             wide.bias.copy_(stem.bias)
     setattr(parent, name, wide)
 

@@ -119,7 +119,7 @@ def collect(known, c):
             mask = read_mask(row.mask_path, row.mask_rle, image.shape[:2]) if row.has_mask else None
         except BadImage:
             continue  # `search` names it
-        if has_box or mask.any():
+        if has_box or mask is not None and mask.any():
             given.append(prepare(image, mask, [row.x0, row.y0, row.x1, row.y1] if has_box else None, c))
     if not given and c.train_on == 'given':
         raise UserError(f"{c.data_dir} has no boxes and no masks of its photographs: set train_on = 'drawn'")
@@ -165,7 +165,8 @@ def train(c, pools):
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5)
-        optimizer.step(), schedule.step()
+        optimizer.step()
+        schedule.step()
         if iteration % 20 == 0:
             bar.set_postfix_str(f'loss {loss.item():.3f}')
     return net

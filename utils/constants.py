@@ -90,9 +90,12 @@ def _parse(script_path):
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)):
             continue
         try:
-            (target,), value = node.targets, ast.literal_eval(node.value)
-            name = target.id
-        except (AttributeError, ValueError):
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)]):
+                    value = ast.literal_eval(node.value)
+                case _:
+                    raise ValueError
+        except ValueError:
             raise UserError(f'{script}, line {node.lineno}: above the ruler, write only `name = value`, '
                             'without formulas') from None
         last = node.end_lineno
@@ -145,7 +148,7 @@ def _from_text(text, types):
 
 def _as_type(value, types):
     """`value` as one of `types`; a whole number does for a number, a list for a tuple and the reverse."""
-    also = {int: float, list: tuple, tuple: list}.get(type(value))
+    also = {int: float, list: tuple, tuple: list}.get(type(value), type(value))
     for kind in (type(value), also):
         if kind in types and not (kind is float and not math.isfinite(value)):
             return value if kind is NoneType else kind(value)

@@ -23,7 +23,7 @@ def choose_device(device, threads=0):
     torch.backends.cudnn.benchmark = True  # all batches have one size: try each algorithm once, keep the fastest
     if kind.type == 'cpu':
         torch.use_deterministic_algorithms(True)  # the same bits each time, at no cost but that of the next line's default
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
         if mallopt:  # keep freed memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD): fresh pages cost more time than most operations
             mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)

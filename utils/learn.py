@@ -49,18 +49,22 @@ def out_of_memory(c, data, part):
         if 'cuda' in c.device:
             torch.cuda.empty_cache()
         try:
-            net = whale_net(vars(c), data.classes).to(c.device, memory_format=torch.channels_last)
-            optimizer = torch.optim.Adam(net.parameters())
-            amp, labels = amp_dtype(c.precision, c.device), torch.zeros(size, dtype=torch.int64, device=c.device)
-            small = SimpleNamespace(**{**vars(c), 'grad_accumulation': 1})
-            images = torch.zeros(size, 4, c.height, c.width, device=c.device)
-            learn(small, net, optimizer, images, labels, data.group.to(c.device), amp, 0.5,
-                  torch.zeros(data.classes, device=c.device))
+            _learn_once(c, data, size)
             fits = size
         except torch.OutOfMemoryError:
-            net = optimizer = images = None
+            pass
     more = next((k for k in range(2, part) if fits and part % (4 * k) == 0 and 8 <= part // k <= fits), None)
     advice = 'lower batch_size' + (f', or set grad_accumulation = {more * c.grad_accumulation}' if more else '')
     found = '' if ranks.world() > 1 else f' ({fits} at a time fit)' if fits else ' (not even 8 fit)'
     return (f'out of memory with {part} images of {c.height}x{c.width} at a time{found}: {advice}, take a smaller model_name, '
             "height or width, or set cache = 'memory'; the last checkpoint is untouched")
+
+
+def _learn_once(c, data, size):
+    """A step of a fresh network on `size` empty images, which are gone again afterwards."""
+    net = whale_net(vars(c), data.classes).to(c.device, memory_format=torch.channels_last)
+    small = SimpleNamespace(**{**vars(c), 'grad_accumulation': 1})
+    images = torch.zeros(size, 4, c.height, c.width, device=c.device)
+    labels = torch.zeros(size, dtype=torch.int64, device=c.device)
+    learn(small, net, torch.optim.Adam(net.parameters()), images, labels, data.group.to(c.device),
+          amp_dtype(c.precision, c.device), 0.5, torch.zeros(data.classes, device=c.device))

@@ -19,7 +19,7 @@ def predict_batches(net, crops, rows, height, width, num_ids, flip_is_new_id=Tru
     second = slice(num_ids, None) if flip_is_new_id else slice(None)
     for first in range(0, len(rows), batch_size):
         pixels, masks = (part.to(device, non_blocking=True) for part in crops[rows[first:first + batch_size]])
-        scores, embeddings = 0, 0
+        scores = embeddings = torch.zeros((), device=device)
         for x, y, scale in shifts:
             view = torch.tensor([[scale, 0, x], [0, scale, y], [0, 0, 1.0]], device=device).expand(len(pixels), 3, 3)
             images = to_input(pixels, masks, height, width, MARGIN, view)  # (b, 4, H, W)
