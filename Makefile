@@ -1,5 +1,5 @@
 # make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
-# make test: run the tests. Both install what they need into .venv once.
+# make test: check style and types, run the tests. Both install what they need into .venv once.
 PYTHON ?= python3
 RUN = .venv/bin/python
 NAME ?= demo
@@ -16,6 +16,8 @@ demo: .venv/installed
 	$(RUN) -m benchmarks.baselines data/sample --run $(NAME)
 
 test: .venv/installed
+	.venv/bin/ruff check --quiet .
+	.venv/bin/mypy
 	$(RUN) -m pytest -q tests
 
 .venv/installed: requirements.txt

@@ -45,6 +45,7 @@ def compile_network(net, compile, device):
 
 def amp_dtype(precision, device):
     """The dtype of autocast, None for float32. 'auto' is bf16 where the hardware multiplies in it."""
+    torch.backends.cudnn.allow_tf32 = precision != 'fp32'  # float32 then means float32, on a GPU too
     if precision == 'fp32':
         return None
     if precision == 'auto':

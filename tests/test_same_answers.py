@@ -1,0 +1,92 @@
+"""Whatever computes them, the answers are the same: bf16 or float32, compiled or eager, CPU or GPU, one process or two."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests.conftest import SIZES, answers, arguments, draw, together, write_frame
+from utils.metrics import score_submission
+
+QUERIES = 300
+REPO = Path(__file__).parent.parent
+TRAINED = dict(max_iters=120, eval_every=60, batch_size=16, lr=3e-3)
+PROCESS = """
+import sys
+import models.whale_net, train
+from tests.conftest import SmallBackbone
+models.whale_net.build_backbone = SmallBackbone
+train.train_mode = lambda net: net.eval()  # without a GPU each process has batch norm's statistics of its own
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def many(photos):
+    """The small data set with QUERIES photographs to answer, a third of them of animals that nobody knows."""
+    rng = np.random.default_rng(1)
+    animals = np.where(np.arange(QUERIES) % 3, rng.integers(len(SIZES), size=QUERIES), 200 + np.arange(QUERIES))
+    shutil.rmtree(photos / 'test')
+    (photos / 'test').mkdir()
+    names = [f'q{number:03d}.jpg' for number in range(QUERIES)]
+    for name, animal in zip(names, animals):
+        draw(photos / 'test' / name, animal, rng)
+    write_frame(photos / 'sample_submission.csv', Image=names, Id='new_whale')
+    write_frame(photos / 'test_labels.csv', Image=names, Id=[f'w_{a}' if a < 200 else 'new_whale' for a in animals])
+    return photos
+
+
+def top_five(done):
+    assert done.code == 0, done
+    return answers(done.folder)['Id'].str.split(expand=True).to_numpy()  # (Q, 5)
+
+
+def share_alike(one, other, first):
+    return (one[:, :first] == other[:, :first]).all(1).mean()
+
+
+def compare(scripts, data, **other):
+    """Top five of one training, as the CPU answers eagerly in float32 and as `other` says; and both MAP@5."""
+    assert scripts.train(data_dir=data, **TRAINED).code == 0
+    lists, values = [], []
+    for settings in ({}, other):
+        lists.append(top_five(scripts.answer(data_dir=data, **settings)))
+        values.append(score_submission('results/r/submission.csv', data / 'test_labels.csv')['map5'])
+    assert values[0] > 0.75  # there is something to get wrong
+    return *lists, abs(values[0] - values[1])
+
+
+def test_bf16_answers_as_float32(scripts, many):
+    plain, rounded, difference = compare(scripts, many, precision='bf16')
+    assert share_alike(plain, rounded, 1) >= 0.99 and difference <= 0.005
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+def test_compiled_answers_as_eager(scripts, many):
+    plain, compiled, _ = compare(scripts, many, compile='yes')
+    assert share_alike(plain, compiled, 5) >= 0.99
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_the_gpu_answers_as_the_cpu(scripts, many):
+    plain, gpu, _ = compare(scripts, many, device='cuda')
+    assert share_alike(plain, gpu, 5) >= 0.99
+
+
+def test_two_processes_train_what_one_does(scripts, many, work):
+    (work / 'process.py').write_text(PROCESS)
+    lists = []
+    for processes in (1, 2):
+        launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '--'] if processes > 1 else []
+        settings = together(data_dir=many, run=f'r{processes}', **{**TRAINED, 'max_iters': 10, 'lr': 1e-3},
+                            strength_scratch=(0, 0))
+        subprocess.run([sys.executable, *launch, 'process.py', *arguments(**settings)], check=True, timeout=300,
+                       env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'})
+        lists.append(top_five(scripts.answer(data_dir=many, run=f'r{processes}')))
+    assert share_alike(*lists, 5) >= 0.99
+    assert len(pd.unique(lists[0][:, 0])) > 5
