@@ -23,11 +23,12 @@ from data.sampler import BatchSampler
 from utils.metrics import score_submission
 
 CSV = Path(__file__).with_suffix('.csv')
-ITERATIONS = 750  # of 48 images: 36,000 images seen
-STAGES = (0.5, 0.3, 0.2)  # of them
-NETWORK = dict(model_name='seresnext14', height=64, width=64, pretrained=False, eval_every=250, patience=10 ** 6)
+IMAGES = 36_000  # seen by each row
+STAGES = (0.5, 0.3, 0.2)  # of the iterations
+NETWORK = dict(model_name='seresnext14', height=64, width=64, pretrained=False, batch_size=48, patience=10 ** 6)
 
 PUBLISHED = dict(steps=[(10, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)], strength_scratch=(1.0, 1.0))
+FULL = (1.0, 1.0)
 COSINE = dict(stages='cosine', lr=2e-3, steps=[None])
 OURS = dict(steps=[(0, False, 1e-3), (0, False, 3e-4), (0, False, 1e-4)])
 
@@ -52,7 +53,7 @@ ROWS = {  # name -> constants, and what is patched
     '- stages (all ids at 3e-4)': (dict(PUBLISHED, steps=[(0, False, 3e-4)]), {}),
     '- flips drawn for the pair': (PUBLISHED, {'batch': flip_each}),
     'ours (see schedule_scratch, strength_scratch)': (OURS, {}),
-    '+ augmentation at full strength': (dict(OURS, strength_scratch=(1.0, 1.0)), {}),
+    '+ augmentation at full strength': (dict(OURS, strength_scratch=FULL), {}),
     '+ P x 4 images': (dict(OURS, images_per_id=4), {}),
     '+ GeM': (dict(OURS, pooling='gem'), {}),
     '+ strips across': (dict(OURS, strips='across'), {}),
@@ -60,32 +61,45 @@ ROWS = {  # name -> constants, and what is patched
     '+ averaged weights': (dict(OURS, ema=0.99), {}),
     '+ AdamW, cosine, one run': (COSINE, {}),
     '+ timm/resnet18 in place of SE-ResNeXt': (dict(OURS, model_name='timm/resnet18'), {}),
-    'AdamW, cosine, full strength': (dict(COSINE, strength_scratch=(1.0, 1.0)), {}),
-    'AdamW, cosine, full strength, P x 4 images': (dict(COSINE, strength_scratch=(1.0, 1.0), images_per_id=4), {}),
+    'AdamW, cosine, full strength': (dict(COSINE, strength_scratch=FULL), {}),
+    'AdamW, cosine, full strength, P x 4 images': (dict(COSINE, strength_scratch=FULL, images_per_id=4), {}),
+    'full strength, P x 4 images': (dict(OURS, strength_scratch=FULL, images_per_id=4), {}),
+    'full strength, no triplets': (dict(OURS, strength_scratch=FULL, w_triplet=0.0, w_local=0.0), {}),
+    'full strength, batches of 24': (dict(OURS, strength_scratch=FULL, batch_size=24), {}),
+    'AdamW, cosine, full strength, no triplets': (dict(COSINE, strength_scratch=FULL, w_triplet=0.0, w_local=0.0), {}),
+    'AdamW, cosine, full strength, batches of 24': (dict(COSINE, strength_scratch=FULL, batch_size=24, lr=1.5e-3), {}),
+    'AdamW, cosine, full strength, no triplets, batches of 24': (
+        dict(COSINE, strength_scratch=FULL, w_triplet=0.0, w_local=0.0, batch_size=24, lr=1.5e-3), {}),
 }
+
+
+def train_steps(steps, **constants):
+    """Train the (min_num_class, freeze, lr) of `steps`, each for its share of IMAGES; None: what the constants say."""
+    constants = {**NETWORK, **constants}
+    iterations = IMAGES // constants['batch_size']
+    for number, (step, share) in enumerate(zip(steps, STAGES if len(steps) > 1 else [1.0])):
+        own = dict(zip(('min_num_class', 'freeze', 'lr'), step or ()))
+        call(train, **{**constants, 'max_iters': round(share * iterations), 'eval_every': iterations // 3,
+                       'checkPoint_start': 'last' if number else 0, **own})
 
 
 def run_one(data_dir, name, seed, threads):
     """Train and answer once; the line of the table."""
     constants, patches = ROWS[name]
-    constants = dict(NETWORK, data_dir=data_dir, run=f'ablation/{os.getpid()}', seed=seed, threads=threads, **constants)
-    steps, folder, began = constants.pop('steps'), Path('results') / constants['run'], time.monotonic()
+    shared = dict(data_dir=data_dir, run=f'ablation/{os.getpid()}', threads=threads)
+    folder, began = Path('results') / shared['run'], time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for method, patched in patches.items():
             stack.enter_context(mock.patch.object(BatchSampler, method, patched))
-        for number, (step, share) in enumerate(zip(steps, STAGES if len(steps) > 1 else [1.0])):
-            own = dict(max_iters=round(share * ITERATIONS), checkPoint_start='last' if number else 0)
-            if step:
-                own.update(zip(('min_num_class', 'freeze', 'lr'), step))
-            call(train, **constants, **own)
+        train_steps(**shared, seed=seed, **constants)
         seconds = time.monotonic() - began
         valid = pd.read_csv(folder / 'evaluations.csv')['valid_map5'].iloc[-1]
-        call(answer, data_dir=data_dir, run=constants['run'], checkPoint_start='last', threads=threads, matches=0)
+        call(answer, **shared, checkPoint_start='last', matches=0)
     scores = score_submission(folder / 'submission.csv', Path(data_dir) / 'test_labels.csv')
     shutil.rmtree(folder)
-    return dict(data=Path(data_dir).name, row=name, seed=seed, images=ITERATIONS * 48, seconds=round(seconds),
+    return dict(data=Path(data_dir).name, row=name, seed=seed, images=IMAGES, seconds=round(seconds),
                 valid_map5=round(valid, 4), test_map5=round(scores['map5'], 4), named_top1=round(scores['named_top1'], 4))
 
 
@@ -108,12 +122,14 @@ def show(table):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', nargs='*', help='folders in the layout of the competition, with test_labels.csv')
+    parser.add_argument('--rows', default='', help='only rows whose names begin with this')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--part', default='0/1', help='0/2 and 1/2: two processes share the work')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads of each process')
     options = parser.parse_args()
     part, parts = map(int, options.part.split('/'))
-    jobs = [(data, name, seed) for seed in range(options.seeds) for data in options.data for name in ROWS]
+    jobs = [(data, name, seed) for seed in range(options.seeds) for data in options.data
+            for name in ROWS if name.startswith(options.rows)]
     for data, name, seed in jobs[part::parts]:
         done = pd.read_csv(CSV) if CSV.exists() else pd.DataFrame(columns=['data', 'row', 'seed'])
         if not ((done['data'] == Path(data).name) & (done['row'] == name) & (done['seed'] == seed)).any():

@@ -1,4 +1,4 @@
-"""How well animals are named that were enrolled, not trained: `python -m benchmarks.enrolment DATA [--iterations 750]`.
+"""How well animals are named that were enrolled, not trained: `python -m benchmarks.enrolment DATA`.
 
 30% of the ids are taken out of training, then enrolled from their training photographs. Prints the top-1 of test
 photographs of enrolled and of trained ids, at the first label that is not new_whale; and, for comparison, what a training
@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 
 import test as answer
-import train
-from benchmarks.ablation import NETWORK, OURS, STAGES, call
+from benchmarks.ablation import OURS, call, train_steps
 
 HELD_OUT = 0.3
 
@@ -24,10 +23,7 @@ HELD_OUT = 0.3
 def train_and_answer(data_dir, run, options, enrol=None):
     """The first named label of each test image: a Series by image."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        for number, (step, share) in enumerate(zip(OURS['steps'], STAGES)):
-            call(train, **NETWORK, data_dir=data_dir, run=run, threads=options.threads,
-                 max_iters=round(share * options.iterations), checkPoint_start='last' if number else 0,
-                 **dict(zip(('min_num_class', 'freeze', 'lr'), step)))
+        train_steps(**OURS, data_dir=data_dir, run=run, threads=options.threads)
         settings = dict(data_dir=data_dir, run=run, checkPoint_start='last', threads=options.threads, matches=0)
         if enrol:
             call(answer, enrol=enrol, **settings)
@@ -40,7 +36,6 @@ def train_and_answer(data_dir, run, options, enrol=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data')
-    parser.add_argument('--iterations', type=int, default=750)
     parser.add_argument('--threads', type=int, default=0)
     options = parser.parse_args()
     data = Path(options.data).resolve()
