@@ -1,12 +1,13 @@
 # make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
-# make test: run the tests. Both install what they need into .venv once.
+# make test: run the tests; make mutants: break four modules in every way that mutmut knows, and see whether the tests notice
+# (half an hour). Each installs what it needs into .venv once.
 PYTHON ?= python3
 RUN = .venv/bin/python
 NAME ?= demo
 DEMO = --data_dir data/sample --run $(NAME)
 MINUTES ?= 4.3
 
-.PHONY: demo test clean
+.PHONY: demo test mutants clean
 
 demo: .venv/installed
 	$(RUN) -m data.make_sample
@@ -17,6 +18,11 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m pytest -q tests
+
+mutants: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'
+	OMP_NUM_THREADS=1 .venv/bin/mutmut run --max-children 2
+	.venv/bin/mutmut results
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
