@@ -1,12 +1,16 @@
 # make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
-# make test: check style and types, run the tests. Both install what they need into .venv once.
+# make data: fetch Kaggle's photographs with the `kaggle` client, or say what that needs
+# make test: style, types and tests
+# make soak: the long forms of the tests that kill, starve and feed rubbish (about half an hour)
+# make mutants: break four modules in every way that mutmut knows, and see whether the tests notice (half an hour)
+# Each installs what it needs into .venv once.
 PYTHON ?= python3
 RUN = .venv/bin/python
 NAME ?= demo
 DEMO = --data_dir data/sample --run $(NAME)
 MINUTES ?= 4.3
 
-.PHONY: demo test clean
+.PHONY: demo data test soak mutants clean
 
 demo: .venv/installed
 	$(RUN) -m data.make_sample
@@ -15,10 +19,21 @@ demo: .venv/installed
 	$(RUN) test.py $(DEMO)
 	$(RUN) -m benchmarks.baselines data/sample --run $(NAME)
 
+data: .venv/installed
+	$(RUN) -m data.kaggle
+
 test: .venv/installed
 	.venv/bin/ruff check --quiet .
 	.venv/bin/mypy
 	$(RUN) -m pytest -q tests
+
+soak: .venv/installed
+	SOAK=1 $(RUN) -m pytest -q -s tests/test_killed.py tests/test_failures.py tests/test_hostile.py tests/test_same_answers.py
+
+mutants: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'
+	OMP_NUM_THREADS=1 .venv/bin/mutmut run --max-children 2
+	.venv/bin/mutmut results
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'

@@ -29,7 +29,7 @@ class BatchSampler:
         self.batch_size, self.images_per_id, self.seed = batch_size, images_per_id, seed
         quarter = batch_size // 4
         self.strangers = quarter if len(self.new_whales) else 0
-        self.anchors = max(1, (batch_size - self.strangers) // images_per_id) if images_per_id else quarter
+        self.anchors = (batch_size - self.strangers) // images_per_id if images_per_id else quarter
 
     @property
     def iterations_per_pass(self):
@@ -64,7 +64,7 @@ class BatchSampler:
         fill = self.batch_size - len(rows)  # new_whale images; more ids where a data set has no new_whale
         more = rng.choice(self.new_whales if self.strangers else self.rows, size=fill, replace=fill > len(self.new_whales))
         # item after item, each with its share of new_whale, so that equal parts of a batch are small batches of its kind
-        place = np.concatenate([(item + 0.5) / len(anchors), (np.arange(fill) + 0.5) / max(fill, 1)])
+        place = np.concatenate([(item + 0.5) / len(anchors), (np.arange(fill) + 0.5) / fill])
         batch = np.stack([np.concatenate([rows, more]), np.concatenate([flips, rng.integers(2, size=fill)])], 1)
         return batch[place.argsort(kind='stable')]
 

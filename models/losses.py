@@ -40,7 +40,7 @@ def pair_masks(labels, group, classes):
     same_animal = group[labels][:, None] == group[labels][None, :]
     both_named = named[:, None] & named[None, :]
     positive = same_class & both_named & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    negative = named[:, None] & ~(same_animal & both_named) & ~(same_class & both_named)
+    negative = named[:, None] & ~(same_animal & both_named)
     return positive, negative
 
 
@@ -85,11 +85,11 @@ def shortest_path(dots, a, b):
     size, cells = len(step), step.flatten(0, 1)
     path = cells[:1]  # (1, ...) the first anti-diagonal; then one after another, all its cells at once
     for d in range(1, 2 * size - 1):
-        first, last = max(0, d - size + 1), min(d, size - 1)  # rows of its ends
+        first = max(0, d - size + 1)  # row of its upper end
         if d < size:  # longer than the one before: beyond its ends there is no way
             wall = torch.full_like(path[:1], torch.inf)
             path = torch.cat([wall, path, wall])
-        path = torch.minimum(path[1:], path[:-1]) + cells[d + first * (size - 1):d + last * (size - 1) + 1:size - 1]
+        path = torch.minimum(path[1:], path[:-1]) + cells[d + first * (size - 1):d * size + 1:size - 1]
     return path[0]
 
 

@@ -14,6 +14,7 @@ from models.losses import (
     arcface_margins,
     batch_hard_triplet_loss,
     hardest_pairs,
+    hinge,
     joint_loss,
     local_triplet_loss,
     pair_masks,
@@ -109,11 +110,35 @@ def test_new_whales_are_negatives_and_never_positives_or_anchors():
     assert negative.nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
 
 
+def test_the_number_of_new_whale_in_the_groups_is_never_used():
+    labels, group = torch.tensor([3, NEW, 3, 7, NEW]), no_twins()
+    before = pair_masks(labels, group, CLASSES)
+    group[NEW] = group[3]
+    for one, other in zip(before, pair_masks(labels, group, CLASSES)):
+        assert torch.equal(one, other)
+
+
 def test_the_anchor_is_not_its_own_positive():
     distance = torch.tensor([[0.0, 5, 1], [5, 0, 1], [1, 1, 0]])
     positive, negative = pair_masks(torch.tensor([3, 4, 4]), no_twins(), CLASSES)
     _, _, valid = hardest_pairs(distance, positive, negative)
     assert valid.tolist() == [False, True, True]
+
+
+def test_a_row_is_valid_where_it_has_both_a_positive_and_a_negative():
+    distance = torch.tensor([[0.0, 3, 2], [3, 0, 1], [2, 1, 0]])
+    positive = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]]).bool()
+    negative = torch.tensor([[0, 0, 0], [1, 0, 1], [1, 1, 0]]).bool()
+    farthest, nearest, valid = hardest_pairs(distance, positive, negative)
+    assert farthest[:2].tolist() == [1, 0] and nearest[1:].tolist() == [2, 1]
+    assert valid.tolist() == [False, True, False]
+
+
+def test_hinge_is_the_mean_over_the_valid_rows():
+    to_positive, to_negative = torch.tensor([0.9, 0.2, 0.5]), torch.tensor([0.6, 0.9, 0.1])
+    for valid, loss, active in ([1, 0, 0], 0.4, 1), ([1, 1, 0], 0.2, 0.5), ([1, 1, 1], 0.3, 2 / 3), ([0, 0, 0], 0, 0):
+        found = hinge(to_positive, to_negative, torch.tensor(valid).bool(), 0.1)
+        assert [value.item() for value in found] == pytest.approx([loss, active])
 
 
 def test_empty_batches_give_zero_with_a_graph():
@@ -145,9 +170,10 @@ def shortest_path(a, b):
     return d[-1][-1]
 
 
-def test_aligned_distance_is_the_double_loop():
+@pytest.mark.parametrize('strips', [1, 2, 3, 8])
+def test_aligned_distance_is_the_double_loop(strips):
     torch.manual_seed(1)
-    a, b = F.normalize(torch.randn(5, 8, 16), dim=2), F.normalize(torch.randn(5, 8, 16), dim=2)
+    a, b = F.normalize(torch.randn(5, strips, 16), dim=2), F.normalize(torch.randn(5, strips, 16), dim=2)
     found = aligned_distance(a, b)
     assert found.tolist() == pytest.approx([shortest_path(x, y) for x, y in zip(a, b)], rel=1e-4)
     table = aligned_distances(torch.cat([a, b]))[:5, 5:]
@@ -178,13 +204,27 @@ def test_parts_of_a_batch_add_up_to_it():
     assert torch.allclose(sum(parts) / 2, whole)
 
 
-def test_joint_loss_is_the_weighted_sum():
+@pytest.mark.parametrize('count', [None, torch.tensor(5.0)], ids=['own count', 'count of the whole batch'])
+def test_joint_loss_is_the_weighted_sum(count):
     embedding, labels = make_batch()
-    cosines = torch.rand(24, CLASSES) * 2 - 1
-    outputs = embedding, torch.randn(24, CLASSES), F.normalize(torch.randn(24, 4, 16), dim=2), cosines
-    c = SimpleNamespace(w_sigmoid=2.0, w_triplet=3.0, w_local=5.0, w_arcface=7.0, margin=0.3, hardest=30)
-    total, parts = joint_loss(outputs, labels, no_twins(), c, torch.full((CLASSES,), 0.2))
+    logits, strips = torch.randn(24, CLASSES), F.normalize(torch.randn(24, 4, 16), dim=2)
+    cosines, margins, group = torch.rand(24, CLASSES) * 2 - 1, torch.full((CLASSES,), 0.2), no_twins()
+    c = SimpleNamespace(w_sigmoid=2.0, w_triplet=3.0, w_local=5.0, w_arcface=7.0, margin=0.4, hardest=10)
+    outputs = embedding, logits, strips, cosines
+    total, parts = joint_loss(outputs, labels, group, c, margins, count)
     assert total.item() == pytest.approx((parts * torch.tensor([2.0, 3.0, 5.0, 0.0, 7.0])).sum().item(), rel=1e-5)
+    triplet, active = batch_hard_triplet_loss(embedding, labels, group, CLASSES, 0.4)
+    local, _ = local_triplet_loss(strips, labels, group, CLASSES, 0.4)
+    sigmoid, arcface = sigmoid_ohem_loss(logits, labels, group, 10, count), arcface_loss(cosines, labels, group, margins, count)
+    assert torch.allclose(parts, torch.stack([sigmoid, triplet, local, active, arcface]))
+
+
+def test_losses_without_a_weight_are_zero_and_need_no_layers():
+    embedding, labels = make_batch()
+    c = SimpleNamespace(w_sigmoid=1.0, w_triplet=1.0, w_local=0.0, w_arcface=0.0, margin=0.3, hardest=30)
+    total, parts = joint_loss((embedding, torch.randn(24, CLASSES), None, None), labels, no_twins(), c, weight=torch.ones(24),
+                              gather=lambda rows: rows.clone())  # of None there is nothing to gather
+    assert parts[2] == parts[4] == 0 and total.item() == pytest.approx(parts[:2].sum().item())
 
 
 def test_weights_of_images_count_in_every_loss():
@@ -201,20 +241,44 @@ def test_weights_of_images_count_in_every_loss():
     assert parts(torch.zeros(24)).eq(0).all()
     each = sum(parts(torch.eye(24)[row]) for row in range(24))
     assert torch.allclose(each, parts(1.0), rtol=1e-4) and (parts(torch.eye(24)[0]) < parts(1.0)).all()
+    logits[-1] *= 9  # a new_whale: all its questions are in one part of the loss
+    alone = sigmoid_ohem_loss(logits[-1:], labels[-1:], no_twins()) / 24
+    assert torch.allclose(sigmoid_ohem_loss(logits, labels, no_twins(), weight=torch.eye(24)[-1]), alone)
 
 
 def test_arcface_against_a_plain_reference():
-    labels, margins = torch.tensor([2, 0, CLASSES, 5]), torch.linspace(0.1, 0.4, CLASSES)
+    labels, margins = torch.tensor([2, 0, CLASSES, CLASSES - 1]), torch.linspace(0.1, 0.4, CLASSES)
     cosines, group = torch.rand(4, CLASSES) * 2 - 1, no_twins()
     group[3] = group[2]  # class 3 is another name of class 2
+    cosines[0, 2:4] = torch.tensor([0.9, 0.99])
     losses = []
-    for row, label in [(0, 2), (1, 0), (3, 5)]:
+    for row, label in [(0, 2), (1, 0), (3, CLASSES - 1)]:
         angle = math.acos(cosines[row, label]) + margins[label].item()
         values = [20.96 * (math.cos(min(angle, math.pi)) if k == label else cosines[row, k].item()) for k in range(CLASSES)
                   if (row, k) != (0, 3)]
         own = 20.96 * math.cos(min(angle, math.pi))
         losses.append(math.log(sum(math.exp(value - own) for value in values)))
     assert arcface_loss(cosines, labels, group, margins).item() == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize('cosine', [1.0, -1.0, 1.0000001, -1.0000001])
+def test_arcface_has_a_finite_gradient_where_an_angle_is_0_or_pi(cosine):
+    cosines = torch.zeros(1, CLASSES)
+    cosines[0, 4] = cosine
+    cosines.requires_grad_()
+    loss = arcface_loss(cosines, torch.tensor([4]), no_twins(), torch.full((CLASSES,), 0.2))
+    loss.backward()
+    moved = math.cos(min(math.acos(round(cosine)) + 0.2, math.pi))
+    assert loss.item() == pytest.approx(math.log(math.exp(20.96 * moved) + CLASSES - 1) - 20.96 * moved, abs=0.01)
+    assert cosines.grad.isfinite().all()
+
+
+def test_arcface_counts_the_rows_of_the_whole_batch():
+    cosines, labels, margins = torch.rand(3, CLASSES), torch.tensor([5, NEW, NEW]), torch.full((CLASSES,), 0.2)
+    alone = arcface_loss(cosines[:1], labels[:1], no_twins(), margins)
+    assert torch.allclose(arcface_loss(cosines, labels, no_twins(), margins), alone)  # new_whales neither teach nor count
+    assert torch.allclose(arcface_loss(cosines, labels, no_twins(), margins, torch.tensor(4.0)), alone / 4)
+    assert arcface_loss(cosines[1:], labels[1:], no_twins(), margins) == 0
 
 
 def test_arcface_margins_are_those_of_happywhale():

@@ -85,6 +85,7 @@ def test_the_fifth_answer_is_the_first_of_many_equal_ones():
     columns = torch.rand(20, 3000, generator=generator).argsort(1)[:, :4]
     scores.scatter_(1, columns, torch.tensor([[0.9, 0.8, 0.7, 0.6]] * 20))
     assert top5(scores, -1).tolist() == [naive_list(row, -1)[:5] for row in scores.tolist()]
+    assert top5(torch.zeros(2, 3000), -1).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_map5_is_that_of_scikit_learn():
@@ -134,6 +135,17 @@ def test_the_threshold_is_in_the_middle_of_the_widest_best_interval():
     scores = torch.tensor([[0.9], [0.5], [0.5], [0.1]])
     threshold, map5 = choose_threshold(scores, torch.tensor([0, 0, 1, 1]))
     assert (threshold, map5) == (pytest.approx(0.5), 3.5 / 4)
+
+
+@pytest.mark.parametrize('scores, truth, threshold, map5', [
+    ([0.5, 0.9], [0, 0], 0.4, 1),  # below all; the scores reach over 0.4, half of which is the interval's
+    ([0.5, 0.9], [1, 1], 1.0, 1),
+    ([0.5, 0.9, 0.8], [0, 1, 1], 2.9 / 3, 2.5 / 3),
+    ([0.6], [0], 0.1, 1), ([0.6], [1], 1.1, 1),  # one score reaches over nothing: 1
+    ([0.9, 0.9], [0, 1], 0.5, 0.75),  # any threshold does as well
+])
+def test_an_open_end_counts_as_wide_as_an_average_interval(scores, truth, threshold, map5):
+    assert choose_threshold(torch.tensor(scores)[:, None], torch.tensor(truth)) == (pytest.approx(threshold), pytest.approx(map5))
 
 
 def test_the_threshold_between_neighbouring_floats():
@@ -229,6 +241,12 @@ def score_command(tmp_path, submission, labels='Image,Id\na.jpg,x\nb.jpg,new_wha
 def test_the_score_by_hand(tmp_path):
     score = score_command(tmp_path, GOOD)
     assert score == {'map5': 0.5, 'top1': 0, 'named_top1': 0.5, 'images': 3, 'named': 2}
+
+
+@pytest.mark.filterwarnings('error')
+def test_without_a_named_image_there_is_no_score_of_the_named(tmp_path):
+    score = score_command(tmp_path, GOOD, labels='Image,Id\na.jpg,new_whale\nb.jpg,new_whale\nc.jpg,new_whale\n')
+    assert score['named'] == 0 and np.isnan(score['named_top1']) and score['map5'] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize('old, new, sentence', [

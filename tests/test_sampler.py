@@ -32,6 +32,30 @@ def test_flips_are_even_and_drawn_for_each_item():
     assert 0.1 < flips[:, ::4].std(1).mean()
 
 
+def test_pairs_and_others_are_drawn_evenly_each_for_itself():
+    labels = table()
+    sampler = BatchSampler(labels, 24, NEW)
+    items = np.concatenate([sampler.batch(i)[:, 0].reshape(6, 4) for i in range(600)])
+    anchor, positive, other, _ = items.T
+    for number in np.unique(labels[labels >= 0])[:-1]:
+        rows = np.flatnonzero(labels == number)
+        others = labels[other[labels[anchor] == number]]
+        assert len(np.unique(others)) == 19 and number not in others  # any other id
+        pairs = {(a, p) for a, p in zip(anchor, positive) if a in rows}
+        assert len(pairs) == max(1, len(rows) * (len(rows) - 1))  # and any two photographs, in either order
+    share = np.bincount(labels[other], minlength=20) / len(items)
+    assert abs(share - 0.05).max() < 0.02
+    assert (np.diff(labels[other].reshape(600, 6)) != 0).mean() > 0.9
+
+
+def test_new_whales_are_repeated_only_where_they_are_too_few():
+    for number, different in [(6, 6), (7, 6), (2, 2)]:
+        sampler = BatchSampler(np.repeat([0, 1, 2, NEW], [3, 3, 3, number]), 24, NEW)
+        for iteration in range(20):
+            strangers = sampler.batch(iteration)[3::4, 0]
+            assert strangers.min() >= 9 and (len(set(strangers)) == different or number == 2)
+
+
 def test_every_id_has_its_turn():
     labels = table()
     sampler = BatchSampler(labels, 16, NEW)
@@ -67,12 +91,25 @@ def test_images_per_id(per_id):
         assert named.sum() == 24 and named[:16].sum() == 12  # in step, so that half a batch is a batch
         rows, flips = rows[named], flips[named]
         ids, mirrored = labels[rows].reshape(people, per_id), flips.reshape(people, per_id)
-        assert (ids == ids[:, :1]).all() and (mirrored == mirrored[:, :1]).all()
+        assert (ids == ids[:, :1]).all() and (mirrored == mirrored[:, :1]).all() and set(flips) <= {0, 1}
         for group, number in zip(rows.reshape(people, per_id), ids[:, 0]):
             assert len(set(group)) == min(per_id, (labels == number).sum())
 
 
-def test_without_new_whales_and_with_one_id():
+def test_without_new_whales_and_with_few_ids():
     assert BatchSampler(np.array([0, 0, 0]), 8, 2).batch(0).shape == (8, 2)
     rows = BatchSampler(np.arange(12), 8, 24).batch(3)[:, 0]
     assert rows.max() < 12
+    two = np.array([0, 0, 1, 1, 4])
+    anchor, positive, other, stranger = two[BatchSampler(two, 8, 4).batch(0)[:, 0]].reshape(2, 4).T
+    assert (anchor == positive).all() and (other == 1 - anchor).all() and (stranger == 4).all()
+    assert BatchSampler(np.arange(8), 8, 16, images_per_id=4).batch(0).shape == (8, 2)  # nothing to fill up
+
+
+def test_the_smallest_batches():
+    labels = table()
+    anchor, positive, other, stranger = labels[BatchSampler(labels, 4, NEW).batch(0)[:, 0]]
+    assert anchor == positive != other and other != stranger == NEW
+    named = labels[BatchSampler(labels, 8, NEW, images_per_id=6).batch(0)[:, 0]]
+    named = named[named != NEW]
+    assert len(named) == 6 and (named == named[0]).all()

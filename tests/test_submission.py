@@ -1,6 +1,7 @@
 """test.py: from a checkpoint to submission.csv."""
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -50,6 +51,29 @@ def test_the_samples_order_is_followed_whatever_it_is(trained, photos):
 def test_the_same_command_gives_the_same_bytes(trained):
     first = snapshot(trained.answer().folder)
     assert snapshot(trained.answer().folder)['submission.csv'] == first['submission.csv']
+
+
+def test_other_names_for_the_ids_permute_the_answers_and_nothing_else(trained, photos):
+    """The network stays: its classifiers move to the new places of their ids, in both halves."""
+    file = Path('results/r/best.pth')
+    state = torch.load(file, weights_only=True)
+    head = {name: torch.randn(state['model'][name].shape, generator=torch.Generator().manual_seed(0))
+            for name in ('head.weight', 'head.bias')}  # (20, 24), (20,)
+
+    def answer_with(rows, ids):
+        model = {**state['model'], **{name: part[rows] for name, part in head.items()}}
+        torch.save({**state, 'model': model, 'ids': ids}, file)
+        folder = trained.answer(data_dir=photos, gallery_weight=0.5).folder
+        return *scores(folder), answers(folder)['Id']
+
+    one, threshold, labels = answer_with(torch.arange(20), state['ids'])
+    place = np.random.default_rng(0).permutation(10)  # of the old ids among the new names
+    names = {f'w_{old}': f'animal{new}' for old, new in enumerate(place)}
+    edit_table(photos, lambda table: table.assign(Id=table['Id'].replace(names)))
+    back = place.argsort()
+    other, threshold_after, labels_after = answer_with(np.concatenate([back, 10 + back]), sorted(names.values()))
+    assert np.allclose(other[:, place], one, atol=1e-3) and threshold_after == pytest.approx(threshold, abs=1e-3)
+    assert one.std(1).min() > 0.02 and labels_after.tolist() == labels.replace(names, regex=True).tolist()
 
 
 def test_answers_stand_in_the_order_of_the_scores(trained, drawn):

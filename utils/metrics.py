@@ -121,7 +121,7 @@ def write_submission(path, images, answers, ids, sample_path):
     `answers` (Q, min(5, N + 1)) index the N `ids`, N being new_whale, as insert_new_whale gives them for `images`.
     """
     sample, wanted = read_answers(sample_path), min(5, len(ids) + 1)
-    labels = np.array([*ids, NEW_WHALE], dtype=object)[np.asarray(answers)]
+    labels = np.array([*ids, NEW_WHALE])[np.asarray(answers)]
     frame = pd.DataFrame({'Image': list(images), 'Id': [' '.join(row) for row in labels]})
     check_submission(frame, sample)
     if (frame['Id'].str.split().str.len() != wanted).any():
