@@ -1,12 +1,13 @@
 # make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
-# make test: run the tests. Both install what they need into .venv once.
+# make data: fetch Kaggle's photographs with the `kaggle` client, or say what that needs
+# make test: run the tests. Each installs what it needs into .venv once.
 PYTHON ?= python3
 RUN = .venv/bin/python
 NAME ?= demo
 DEMO = --data_dir data/sample --run $(NAME)
 MINUTES ?= 4.3
 
-.PHONY: demo test clean
+.PHONY: demo data test clean
 
 demo: .venv/installed
 	$(RUN) -m data.make_sample
@@ -14,6 +15,9 @@ demo: .venv/installed
 	    --max_minutes $(MINUTES)
 	$(RUN) test.py $(DEMO)
 	$(RUN) -m benchmarks.baselines data/sample --run $(NAME)
+
+data: .venv/installed
+	$(RUN) -m data.kaggle
 
 test: .venv/installed
 	$(RUN) -m pytest -q tests

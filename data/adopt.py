@@ -42,14 +42,13 @@ def read_source(source, folder, given):
                             f'{", ".join(table.columns)[:200]}')
     print(f'{source}: {", ".join(f"{role} in column {name!r}" for role, name in column.items() if name)}')
     image, name, encounter = (table[column[role]].str.strip() if column[role] else '' for role in COLUMNS)
-    table = table.assign(Image=image, Id=name, path=str(folder) + os.sep + image, encounter=encounter)
     if 'date' in column['encounter'].lower():  # an animal's day is an encounter, whatever the hour
-        day = table['encounter'].str.replace(r'[T ]\d+:\d\d.*', '', regex=True)
-        table['encounter'] = (table['Id'] + ' ' + day).where(day != '', '')
-    table = table[['Image', 'Id', 'path', 'encounter']]
-    _refuse(source, table, ~table['path'].map(os.path.isfile), f'lists photographs that are not in {folder}',
-            'name their folder with --photographs')
-    _refuse(source, table, table['Image'].duplicated(keep=False), 'lists a photograph twice', 'keep one row for each')
+        day = encounter.str.replace(r'[T ]\d+:\d\d.*', '', regex=True)
+        encounter = (name + ' ' + day).where(day != '', '')
+    path = image.map(lambda name: str(folder / name))
+    table = table.assign(Image=image, Id=name, path=path, encounter=encounter)[['Image', 'Id', 'path', 'encounter']]
+    _refuse(source, table, ~path.map(os.path.isfile), f'lists what is not in {folder}', 'name its folder with --photographs')
+    _refuse(source, table, path.duplicated(keep=False), 'lists a photograph twice', 'keep one row for each')
     return table
 
 
@@ -57,14 +56,14 @@ def rename(table, source):
     """Make the ids such that a submission can name them, and Image a bare name, unlike all others."""
     old = table['Id'].str.strip()
     new = old.str.replace(r'\s+', '_', regex=True).mask(old.str.lower().isin(['', 'unknown', NEW_WHALE]), NEW_WHALE)
-    names = table.assign(old=old, new=new)[['old', 'new']].drop_duplicates()[lambda names: names['new'] != NEW_WHALE]
+    names = table.assign(old=old, new=new)[['old', 'new']][new != NEW_WHALE].drop_duplicates()
     _refuse(source, names, names['new'].duplicated(keep=False), 'has ids that are the same with _ for a space', 'rename one')
     spaced = names[names['old'] != names['new']]
     if len(spaced):
         print(f'{len(spaced)} ids have spaces, for which _ is written: {spaced["old"].iloc[0]!r} is {spaced["new"].iloc[0]!r}')
     bare = table['Image'].str.replace(r'.*[/\\]', '', regex=True)
     shared = bare.str.lower().duplicated(keep=False)  # on some disks A.jpg and a.jpg are one file
-    bare = bare.mask(shared, table['Image'].str.strip('./\\').str.replace(r'[/\\]+', '__', regex=True))
+    bare = bare.mask(shared, table['Image'].str.lstrip('./\\').str.replace(r'[/\\]+', '__', regex=True))
     _refuse(source, table, bare.str.lower().duplicated(keep=False), 'has photographs of one name', 'rename them')
     return table.assign(Id=new, Image=bare).sort_values('Image')
 
@@ -158,8 +157,8 @@ def main(argv):
     for role, words in COLUMNS.items():
         parser.add_argument(f'--{role}', help=f'its column in the CSV (default: the first of {", ".join(words)})')
     parser.add_argument('--test_share', type=float, default=0.2, help='of the encounters of each id (default: %(default)s)')
-    parser.add_argument('--new_share', type=float, default=0.1, help='of the ids with few photographs: new_whale in the test '
-                                                                     '(default: %(default)s)')
+    parser.add_argument('--new_share', type=float, default=0.1, help='of the ids with few photographs: the test\'s new_whale '
+                        '(default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='another seed, another split (default: 0)')
     adopt(**vars(parser.parse_args(argv)))
 
