@@ -84,6 +84,16 @@ def unlabelled_playground(tables):
     return frame.assign(bad=False)
 
 
+def list_photographs(folder):
+    """Of a folder of folders, each named as an id: a frame of Image (the path in `folder`: ID/NAME), Id, path."""
+    found = [path.relative_to(folder) for path in sorted(folder.glob('*/**/*')) if path.is_file()]
+    found = [path for path in found if not any(part.startswith('.') for part in path.parts)]
+    if not found:
+        raise UserError(f'{folder} holds no folders with photographs: make one for each id, named as the id')
+    return pd.DataFrame({'Image': [path.as_posix() for path in found], 'Id': [path.parts[0] for path in found],
+                         'path': [str(folder / path) for path in found]})
+
+
 def read_photographs(source):
     """Named photographs elsewhere: in a folder of folders, each named as an id, or listed in a CSV (Image,Id) beside them.
 
@@ -91,12 +101,7 @@ def read_photographs(source):
     """
     source = Path(source)
     if source.is_dir():
-        found = [path for folder in sorted(source.iterdir()) if folder.is_dir() for path in sorted(folder.iterdir())
-                 if not path.name.startswith('.')]
-        if not found:
-            raise UserError(f'{source} holds no folders with photographs: make one for each id, named as the id')
-        table = pd.DataFrame({'Image': [f'{path.parent.name}/{path.name}' for path in found],
-                              'Id': [path.parent.name for path in found], 'path': list(map(str, found))})
+        table = list_photographs(source)
         _refuse(source, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them', 'write _ in its place')
     elif source.is_file():
         table = read_labels(source)
@@ -148,8 +153,8 @@ def training_rows(train, valid, min_num_class):
     return keep | (is_new & ~valid)
 
 
-def read_csv(path, columns, unique=True):
-    """`columns` of a CSV as text, without blank lines; the index counts the file's lines from 1.
+def read_csv(path, columns=None, unique=True):
+    """`columns` (None: all) of a CSV as text, without blank lines; the index counts the file's lines from 1.
 
     UserError if it is no such CSV, or names an image (the first column) twice where it must be `unique`.
     """
@@ -159,6 +164,7 @@ def read_csv(path, columns, unique=True):
             table = pd.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False, index_col=False)
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors are ValueErrors
         raise UserError(f'{path} is not a CSV file ({str(error).strip()}): save it as UTF-8 CSV') from error
+    columns = table.columns if columns is None else columns
     missing = [name for name in columns if name not in table]
     if missing:
         raise UserError(f'{path} has no column {" and ".join(missing)} but {",".join(table.columns)[:80]!r}: '

@@ -133,6 +133,15 @@ def snapshot(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
+def run_main(main, argv, capsys, **options):
+    """What a command does here: exit code (0: returned), out, err."""
+    try:
+        code = main([str(part) for part in argv], **options) or 0
+    except SystemExit as stop:
+        code = stop.code
+    return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+
 def weights(folder, name='last'):
     return torch.load(folder / f'{name}.pth', weights_only=True)['model']
 
