@@ -1,12 +1,12 @@
 # make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
-# make test: run the tests. Both install what they need into .venv once.
+# make test: run the tests. make soak: minutes of kills, failures and hostile input. All install what they need into .venv once.
 PYTHON ?= python3
 RUN = .venv/bin/python
 NAME ?= demo
 DEMO = --data_dir data/sample --run $(NAME)
 MINUTES ?= 4.3
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 demo: .venv/installed
 	$(RUN) -m data.make_sample
@@ -17,6 +17,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m pytest -q tests
+
+soak: .venv/installed
+	SOAK=1 $(RUN) -m pytest -q -s tests/test_killed.py tests/test_failures.py tests/test_hostile.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
