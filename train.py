@@ -289,7 +289,6 @@ def train_step(c, step, data, folder, state, clock):
                     state['kept'] = checkpoint.keep_best(folder, step['step'], state['iteration'], row['valid_map5'],
                                                          state['kept'], snapshot(state['finished']))
                     save(folder, snapshot(state['finished']))
-                    plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
                 ranks.wait()  # the next step reads what the first process has written by now
                 clock.measure(began)
                 train_mode(net)
@@ -307,9 +306,11 @@ def train_step(c, step, data, folder, state, clock):
 
 
 def save(folder, state):
-    """last.pth, and the log as it holds it."""
-    checkpoint.save(folder / 'last.pth', state)
+    """The log and its picture, then last.pth, from where it goes on: killed in between, it writes them again."""
     write_log(folder, state['log'], state['evaluations'])
+    if state['evaluations']:
+        plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
+    checkpoint.save(folder / 'last.pth', state)
 
 
 def evaluate(c, lr, step, data, net, amp, state, sums, sampler):

@@ -157,8 +157,9 @@ class Crops:
                 if mask is not None:
                     packed[:] = np.packbits(mask, axis=-1)
                 return None
-        except UserError as caught:
-            error = str(caught)
+        except (UserError, cv2.error) as caught:
+            os.stat(self.files[0][row])  # one that is gone ends the training, since the others may be gone too
+            error = str(caught) if isinstance(caught, UserError) else f'{self.files[0][row]} ({" ".join(str(caught).split())})'
         crop[:] = 0
         return error
 
@@ -166,18 +167,24 @@ class Crops:
         def one(row):
             return row, self._decode(row, self.pixels[row], self.masks[row])
 
-        with ThreadPoolExecutor(self.workers) as pool:  # OpenCV leaves the interpreter's lock while it decodes
+        pool, good = ThreadPoolExecutor(self.workers), []  # OpenCV leaves the interpreter's lock while it decodes
+        try:
             bar = progress_bar(pool.map(one, todo), total=len(todo), desc='crops', unit='img', disable=len(todo) < 500)
             for number, (row, error) in enumerate(bar, 1):
-                done[row] = error is None
                 if error:
                     self.failed[row] = error
+                else:
+                    good.append(row)
                 if number % 2000 == 0:
-                    self._flush()
-        self._flush()
+                    self._mark(done, good)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._mark(done, good)
 
-    def _flush(self):
+    def _mark(self, done, rows):
+        """Rows are done when their pixels are on the disk, or a power cut could leave black ones."""
         self.pixels.flush(), self.masks.flush()
+        done[rows] = 1
 
     @staticmethod
     def _open(path, shape):
@@ -190,7 +197,12 @@ class Crops:
                 raise UserError(f'{path.parent} needs {size / 1e9:.1f} GB for decoded crops and {free / 1e9:.1f} GB are free; '
                                 'make room, or set cache_dir to a folder on another disk')
             with open(path, 'wb') as file:
-                file.truncate(size)
+                try:
+                    if hasattr(os, 'posix_fallocate'):  # the room is taken now, before others fill the disk
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    file.truncate(size)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(path)) from error
         return np.memmap(path, np.uint8, 'r+', shape=shape), new
 
     def _key(self, frame):

@@ -7,7 +7,7 @@ from data.duplicates import fingerprints, twins
 from data.images import Crops
 from data.tables import NEW_WHALE, load_tables, training_rows, validation_fold
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import sweep, write_whole
 
 
 class TrainingSet:
@@ -49,6 +49,7 @@ class TrainingSet:
         file = self.crops.folder / 'fingerprints.npy'  # the folder is named by what is in the photographs
         marks = np.load(file) if file.exists() else fingerprints(self.train['path'])
         if file.parent.exists() and not file.exists():
+            sweep(file.parent)
             write_whole(file, lambda path: np.save(path, marks))
         return (twins(marks[fold], marks) >= 0) & ~fold
 

@@ -107,6 +107,9 @@ def test_find(tmp_path):
     assert find('best') == 'best.pth' and find('last') == 'last.pth'
     assert find('best', before_step=2) == 'step1_best.pth' and find('best', before_step=3) == 'step2_best.pth'
     assert find(20) == 'step1_000020.pth' and find(10) == 'step2_000010.pth'
+    for step in (9, 10):
+        keep(tmp_path, [0.4], step=step)
+    assert find(10) == 'step10_000010.pth'  # as a text it would stand before the others
     assert find(str(tmp_path / 'step1_best.pth')) == 'step1_best.pth'
 
 

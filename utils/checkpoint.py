@@ -54,12 +54,12 @@ def find(folder, start, before_step=None):
     elif start in ('best', 'last'):
         path = folder / f'{start}.pth'
     elif isinstance(start, int):
-        found = sorted(folder.glob(f'step*_{start:06d}.pth'))
+        found = list(folder.glob(f'step*_{start:06d}.pth'))
         kept = ', '.join(sorted(file.stem for file in folder.glob('step*_[0-9]*.pth'))) or 'none'
         if not found:
             raise UserError(f'{folder} keeps no checkpoint of iteration {start} (there are: {kept}); '
                             "name one of them, 'best' or 'last'")
-        path = found[-1]
+        path = max(found, key=lambda file: int(file.stem[4:].split('_')[0]))  # of the latest step
     else:
         path = Path(start)
     if not path.exists():

@@ -1,27 +1,59 @@
-"""What a user did wrong, said in one sentence."""
+"""What a user did wrong, or what the machine lacks, said in one sentence."""
+import errno
 import functools
+import os
+import signal
 import sys
+import time
+
+REMEDIES = {
+    errno.ENOSPC: 'make room on that disk', errno.EDQUOT: 'your quota is used up, make room',
+    errno.EFBIG: 'that disk, or `ulimit -f`, allows no larger file', errno.EIO: 'is that disk full, or failing?',
+    errno.ENOENT: 'put it back', **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), 'give yourself the right to it, or '
+                                                                                             'choose another place')}
 
 
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that says what is wrong and what to do."""
 
 
+def explain(error):
+    """The sentence about an error that is not a mistake of this code; None for any other."""
+    text, kind = str(error), type(error).__name__
+    if isinstance(error, UserError):
+        return text
+    if kind == 'OutOfMemoryError':  # torch's, which is not imported for this alone
+        return "out of memory: lower batch_size, height and width, or set cache = 'memory'"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "this machine's memory is used up: lower batch_size, height and width, or set cache = 'disk'"
+    if isinstance(error, OSError) and error.errno:
+        return (f'{error.filename or "a file or pipe"}: {error.strerror}: {REMEDIES.get(error.errno, "look at it")}; what was '
+                'saved is there, and the same command goes on')
+    if kind in ('DistBackendError', 'DistNetworkError', 'BrokenProcessPool') or 'gloo' in text:
+        return 'another process of this command has ended, killed perhaps for want of memory; the same command goes on'
+    return None
+
+
 def exit_clearly(main):
-    """Run a script's `main` so that a UserError ends it with that sentence and exit code 2, without a traceback."""
+    """Run a script's `main` so that what `explain` explains ends it with that sentence and exit code 2, without a traceback;
+    SIGTERM ends it as Ctrl-C does."""
     @functools.wraps(main)
     def run(*args, **kwargs):
+        follows = os.environ.get('RANK', '0') != '0'  # a process of torchrun, the first of which speaks
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            print(f'error: {error}', file=sys.stderr)
-            sys.exit(2)
         except Exception as error:
-            if type(error).__name__ != 'OutOfMemoryError':  # torch's, which is not imported for this alone
+            sentence = explain(error)
+            if sentence is None:
                 raise
-            print("error: out of memory: lower batch_size, height and width, or set cache = 'memory'", file=sys.stderr)
+            if follows:  # time to be ended because of the first process; it alone in trouble, this one speaks
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(5)
+            print(f'error: {sentence}', file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:  # before or between the places that save; nothing is lost that was written
-            print('stopped', file=sys.stderr)
+            if not follows:
+                print('stopped', file=sys.stderr)
             sys.exit(130)
     return run

@@ -1,4 +1,5 @@
 """Files are written whole or not at all."""
+import errno
 import fcntl
 import hashlib
 import os
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+PART = '.part-'  # begins the names of files that are not whole yet
+
 
 def write_whole(path, write):
     """Call `write(temporary_path)`, then put the finished file in `path`'s place in one step.
@@ -15,18 +18,24 @@ def write_whole(path, write):
     A reader, or a run that was killed half-way, sees the old file or the new one and never a part of either.
     `temporary_path` keeps `path`'s suffix, since some writers choose their format by it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    os.close(handle)
+    path, temporary = Path(path), None
     try:
-        write(temporary)
-        with open(temporary, 'rb') as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=path.suffix)
+        with open(handle, 'rb') as lock:
+            _locked(lock)  # so `sweep` does not take it for one that was left behind
+            write(temporary)
+            with open(temporary, 'rb') as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # numpy's has no number
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        if 'PytorchStreamWriter' in str(error) or 'unexpected pos' in str(error):  # torch's way to say so
+            raise OSError(errno.EIO, 'not written whole', str(path)) from error
         raise
 
 
@@ -43,20 +52,39 @@ def sha256(path):
 def held(folder):
     """`with held(folder):` it belongs to this process, until that ends, however it ends: the kernel lets go of the lock.
 
-    UserError when another process has it. A folder that is empty in the end is removed.
+    UserError when another process has it. What a killed process left half-written is removed, and a folder that is empty
+    in the end.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another training writes to {folder}: wait for it, stop it, or choose another run') from None
+        if not _locked(handle):
+            raise UserError(f'another training writes to {folder}: wait for it, stop it, or choose another run')
+        sweep(folder)
         yield
     finally:
         os.close(handle)
         with suppress(OSError):
             os.rmdir(folder)
+
+
+def sweep(folder):
+    """Remove the files that killed processes left half-written."""
+    for part in Path(folder).glob(f'{PART}*'):
+        with open(part, 'rb') as file:
+            if _locked(file):
+                part.unlink()
+
+
+def _locked(file):
+    """Whether the file is this process's now, until it is closed; always so on a disk that knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _umask():

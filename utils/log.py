@@ -24,7 +24,7 @@ def format_row(row):
 
 
 def write_log(folder, lines, evaluations):
-    """log.txt and evaluations.csv, each whole, from what the checkpoint holds: so they always agree with it."""
+    """log.txt and evaluations.csv, each whole, from what the checkpoint holds."""
     folder = Path(folder)
     write_whole(folder / 'log.txt', lambda path: Path(path).write_text('\n'.join(lines) + '\n', encoding='utf-8'))
     write_whole(folder / 'evaluations.csv', lambda path: pd.DataFrame(evaluations).to_csv(path, index=False))
