@@ -145,14 +145,19 @@ def test_folders_in_the_folders_are_encounters(run, tmp_path):
     assert 'w_0__0__0.png' in {**made_train, **made_test}
 
 
-def test_single_encounters_and_held_out_ids(tmp_path):
-    """Ids seen at one encounter stay in training, also where their encounter is that of an id that may go."""
-    rows = [('w_0', 'shared')] * 2 + [('w_1', 'shared')] * 2 + [('w_2', f'e{n}') for n in range(9)] + [('w_3', 'alone')] * 3
-    table = pd.DataFrame(rows, columns=['Id', 'encounter'])
-    for seed in range(5):
-        test, held = adopt.split(table, 0.2, 0.5, seed)
-        assert set(held) <= {'w_3'} and not test[:4].any() and test[4:13].sum() in (1, 2)
-    assert {tuple(adopt.split(table, 0.2, 0.0, seed)[1]) for seed in range(5)} == {()}
+def test_whoever_is_not_held_out_stays_in_training_however_encounters_are_shared():
+    held_out = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        rows = [(f'w_{rng.integers(9)}', f'e{rng.integers(15)}') for _ in range(25)]
+        table = pd.DataFrame([*rows, ('alone', 'x'), ('alone', 'x'), ('single', 'y')], columns=['Id', 'encounter'])
+        test, held = adopt.split(table, 0.4, 0.3, seed)
+        assert set(table['Id'][~test]) == set(table['Id']) - set(held)
+        assert not set(table['encounter'][test]) & set(table['encounter'][~test])
+        assert all(2 <= count for count in table['Id'].value_counts()[held])
+        assert test.any() and not adopt.split(table, 0.4, 0.0, seed)[1]
+        held_out += held
+    assert 'alone' in held_out and 30 < len(held_out) <= 3 * 30
 
 
 def test_names_of_files_are_kept_where_they_can_be(run, tmp_path):

@@ -100,6 +100,7 @@ FAILURES = {
     'rules, readable key': (dict(says=READABLE + '403 Client Error: Forbidden for url: x', code=1), ['accept the rules']),
     'full disk': (dict(says='[Errno 28] No space left on device', code=1), ['disk is full']),
     'no network': (dict(says=READABLE + 'HTTPSConnectionPool: Max retries exceeded', code=1), ['Max retries exceeded']),
+    'network lost': (dict(archive=WHOLE[:-400], says='Connection broken', code=1), ['Connection broken']),
     'stopped': (dict(says='User cancelled operation', code=0), ['User cancelled operation']),
     'cut off': (dict(archive=WHOLE[:-400]), ['cut off or broken', 'delete it']),
     'damaged': (dict(archive=WHOLE.replace(WHOLE[80:90], b'..........')), ['cut off or broken', 'delete it']),
