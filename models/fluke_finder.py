@@ -167,7 +167,7 @@ def train(c, pools):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5)
         optimizer.step(), schedule.step()
         if iteration % 20 == 0:
-            bar.set_postfix_str(f'loss {loss.item():.3f}')
+            bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
     return net
 
 

@@ -109,7 +109,7 @@ def plot_distances(path, near, truth):
     figure, right = Figure(figsize=(8, 4.2), layout='constrained'), (own > other).float().mean()
     axes = dress(figure.subplots(), f'{right:.0%} of the named validation photographs have one of their own id nearest',
                  'cosine distance to the nearest labelled photograph', 'share')
-    histogram(axes, series, np.histogram_bin_edges(pd.concat(series.values()), 30), 'best')
+    histogram(axes, series, np.histogram_bin_edges(pd.concat(series.values()), 'auto'), 'best')
     save(figure, path, 100)
 
 
