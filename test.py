@@ -1,8 +1,8 @@
 """Name the whales of the test photographs. Edit the constants below, then: python test.py
 
 Scores the validation fold first, chooses gallery weight and threshold there, and writes results/RUN/submission.csv,
-matches.png (queries beside their five nearest labelled photographs) and scores.npz; several runs together write into
-results/ensemble. New animals join without training:
+scores.npz, matches.png (queries beside their five nearest labelled photographs) and distances.png (how near those of one
+animal lie); several runs together write into results/ensemble. New animals join without training:
 python test.py --enrol FOLDER, with a folder of photographs for each.
 """
 import sys
@@ -19,7 +19,7 @@ from utils import checkpoint
 from utils.constants import SHARED_RULES, read_constants, rule
 from utils.device import choose_device
 from utils.errors import UserError, exit_clearly
-from utils.figures import plot_matches
+from utils.figures import plot_distances, plot_matches
 from utils.files import write_whole
 from utils.member import Member, on_disk, saved_scores
 from utils.metrics import best_ids, choose_threshold, insert_new_whale, write_submission
@@ -40,7 +40,7 @@ pseudo_new_max_score = 0.05  # and as new_whale those whose best id scores less
 skip_bad_images = False     # True: go on without images that cannot be read (answered with new_whale)
 cache_dir = 'results/cache'  # decoded crops
 cache = 'auto'              # where they are read from: 'device', 'memory', 'disk', 'none' (decode anew), 'auto': what fits
-matches = 8                 # queries in matches.png
+matches = 8                 # queries in matches.png; 0: no pictures
 batch_size = 64             # images at a time, each with its mirror image
 device = 'auto'             # 'auto', 'cuda', 'cuda:1', 'cpu'
 threads = 0                 # CPU threads; 0: all cores
@@ -110,7 +110,8 @@ def main(argv):
         valid=valid.half().numpy(), valid_images=np.array(valid_images)))
     if member and c.matches:
         draw_matches(member, folder / 'matches.png', c.matches, asked, values[:, 0], answers)
-    print(f'written: {folder}/submission.csv, scores.npz' + (', matches.png' if member and c.matches else ''))
+        plot_distances(folder / 'distances.png', *member.nearest)
+    print(f'written: {folder}/submission.csv, scores.npz' + (', matches.png, distances.png' if member and c.matches else ''))
     if c.pseudo_label_min_score:
         write_pseudo_labels(c, asked, len(tables.test), values[:, 0], order[:, 0], tables)
 

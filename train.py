@@ -1,7 +1,7 @@
 """Train a network that names whales. Edit the constants below, then: python train.py
 
 Each constant can also be given on the command line, e.g. python train.py --run first --lr 1e-4
-Results go to results/RUN: log.txt, curves.png, evaluations.csv, best.pth, last.pth. Stopped? Run the same command again.
+Results go to results/RUN: log.txt, evaluations.csv, batch.png, curves.png, best.pth, last.pth. Stopped? The same command goes on.
 Several GPUs: torchrun --nproc_per_node=8 -- train.py --batch_size 384; each has its share of the batch.
 """
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.augment import augment, flip_labels
 from data.images import MARGIN
 from data.sampler import BatchSampler
+from data.tables import NEW_WHALE
 from data.training_set import TrainingSet
 from models.backbone import check_model_name, freeze_early, load_imagenet, train_mode
 from models.losses import arcface_margins
@@ -28,7 +29,7 @@ from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule, write_constants
 from utils.device import amp_dtype, choose_device, compile_network
 from utils.errors import UserError, exit_clearly
-from utils.figures import plot_curves
+from utils.figures import plot_batch, plot_curves
 from utils.files import held, write_whole
 from utils.interrupt import Interrupt
 from utils.learn import MEASURED, learn, out_of_memory
@@ -254,6 +255,10 @@ def train_step(c, step, data, folder, state, clock):
             torch.manual_seed((100 * c.seed + step['step']) * 10 ** 8 + state['iteration'] + 10 ** 15 * ranks.rank())
             images = augment(crops, masks, flips, c.height, c.width, MARGIN, strength)  # (B, 4, H, W)
             labels = flip_labels(labels, flips, data.num_ids, c.flip_is_new_id)  # (B,)
+            if not state['iteration'] and step['step'] == step['first'] and ranks.rank() == 0:
+                names = data.ids * (data.classes // data.num_ids) + [NEW_WHALE]
+                plot_batch(folder / 'batch.png', images,
+                           [names[label] + ' mirrored' * flip for label, flip in zip(labels.tolist(), flips.tolist())])
             if c.stages == 'cosine':
                 done = torch.tensor(clock.elapsed() / clock.limit if c.max_minutes else state['iteration'] / c.max_iters)
                 done = ranks.total(done, torch.distributed.ReduceOp.MAX).item()  # on the CPU; one clock for all processes
@@ -271,7 +276,7 @@ def train_step(c, step, data, folder, state, clock):
             if state['iteration'] % 20 == 0 or evaluate_now:  # the only places that wait for the device
                 mean = dict(zip(MEASURED, (sums / sums[-1]).tolist()))
                 left = f', {duration(60 * c.max_minutes - clock.elapsed())} left' if c.max_minutes else ''
-                bar.set_postfix_str(f'loss {mean["loss"]:.3f}, MAP@5 {mean["train_map5"]:.3f}{left}')
+                bar.set_postfix_str(f'loss {mean["loss"]:.3f}, MAP@5 {mean["train_map5"]:.3f}{left}', refresh=False)
                 refuse_bad_loss(bad, data, sampler, folder)
             if evaluate_now:
                 began = clock.elapsed()

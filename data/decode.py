@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.log import progress_bar
 
 MAX_PIXELS = 100_000_000                # a file that claims more is refused before it fills the memory
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')  # MPO, JPEGs in a row, counts as JPEG
@@ -73,6 +73,13 @@ def _read_header(path, file):
     if header.width * header.height > MAX_PIXELS:
         raise BadImage(path, f'{header.width} x {header.height} pixels are more than {MAX_PIXELS}')
     return header
+
+
+def read_size(path):
+    """Width and height of an image file, upright, by its header alone. Raises BadImage."""
+    with open(path, 'rb') as file:
+        header = _read_header(path, file)
+        return header.size[::-1] if header.getexif().get(0x0112, 1) > 4 else header.size  # Exif's orientation
 
 
 def _require_end(path, kind, data):
@@ -143,7 +150,8 @@ def find_bad_images(paths, workers=None):
             return error.reason
 
     with ThreadPoolExecutor(workers or min(16, 4 * (os.cpu_count() or 1))) as pool:
-        reasons = list(tqdm(pool.map(reason, paths), 'checking images', len(paths), unit='img', disable=len(paths) <= 2000))
+        reasons = list(progress_bar(pool.map(reason, paths), desc='checking images', total=len(paths), unit='img',
+                                    disable=len(paths) <= 2000))
     return {path: reason for path, reason in zip(paths, reasons) if reason}
 
 

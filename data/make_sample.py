@@ -18,7 +18,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from utils.errors import UserError, exit_clearly
 
@@ -279,6 +278,7 @@ def draw_sample(out='data/sample', seed=0, num_ids=num_ids, workers=None):
     """
     out, plan = Path(out), plan_photographs(seed, num_ids)
     stamp = {'version': version, 'seed': seed, 'num_ids': num_ids}
+    from utils.log import progress_bar  # which loads torch; the processes that draw do without
     if is_drawn(out, stamp, plan):
         print(f'{out} already holds this sample')
         return False
@@ -294,7 +294,7 @@ def draw_sample(out='data/sample', seed=0, num_ids=num_ids, workers=None):
         workers, context = workers or os.cpu_count(), multiprocessing.get_context('spawn')
         with ProcessPoolExecutor(workers, context) if workers > 1 else nullcontext() as pool:
             drawn = pool.map(write_photograph, jobs, chunksize=8) if pool else map(write_photograph, jobs)
-            boxes = list(tqdm(drawn, 'photographs', len(jobs)))
+            boxes = list(progress_bar(drawn, desc='photographs', total=len(jobs), unit='img'))
         boxes = pd.DataFrame(boxes, ordered['Image'], ['x0', 'y0', 'x1', 'y1'])
         boxes.sort_index().to_csv(folder / 'bboxes.csv')
         train, test = (plan.loc[plan['split'] == split, ['Image', 'Id']] for split in ('train', 'test'))

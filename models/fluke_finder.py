@@ -168,7 +168,7 @@ def train(c, pools):
         optimizer.step()
         schedule.step()
         if iteration % 20 == 0:
-            bar.set_postfix_str(f'loss {loss.item():.3f}')
+            bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
     return net
 
 

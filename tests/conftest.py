@@ -106,7 +106,8 @@ def arguments(**settings):
 @pytest.fixture
 def scripts(drawn, work, small, capsys, monkeypatch):
     """train(...) and answer(...) run the two scripts here; they give exit code (0: returned), out, err, folder."""
-    monkeypatch.setattr(train, 'plot_curves', lambda *_: None)  # slower than the trainings
+    for name in ('plot_curves', 'plot_batch'):
+        monkeypatch.setattr(train, name, lambda *_: None)  # slower than the trainings
 
     def call(script, settings, folder):
         try:

@@ -2,6 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from utils import figures
@@ -67,3 +68,39 @@ def test_a_failing_plot_leaves_the_old_picture(tmp_path):
     with pytest.raises(KeyError):
         figures.plot_curves(evaluations().drop(columns='iteration'), path)
     assert path.read_text() == 'before' and list(tmp_path.iterdir()) == [path]
+
+
+def test_arcface_is_drawn_where_it_teaches(tmp_path, saved):
+    for value in (0.0, 3.0):
+        figures.plot_curves(evaluations().assign(arcface=value), tmp_path / 'curves.png')
+    without, with_it = [[line.get_label() for line in figure.axes[0].lines] for figure in saved]
+    assert 'ArcFace' in with_it and 'ArcFace' not in without
+
+
+def test_a_batch_is_drawn_as_the_network_sees_it(tmp_path, saved):
+    images = torch.rand(20, 4, 32, 64)
+    images[:, 3] = 0
+    images[1, 3, 8:24, 8:40] = 1
+    titles = [f'${number}' for number in range(20)]
+    figures.plot_batch(tmp_path / 'batch.png', images, titles)
+    axes = saved[0].axes
+    assert len(axes) == 16 and [panel.get_title() for panel in axes] == titles[:16]
+    for panel, image in zip(axes, images):
+        assert np.array_equal(panel.images[0].get_array(), image[:3].permute(1, 2, 0).numpy())
+    outlines = [panel.collections for panel in axes]
+    assert [len(found) for found in outlines] == [0, 1] + 14 * [0]
+    x0, y0, x1, y1 = outlines[1][0].get_paths()[0].get_extents().extents
+    assert (x0, y0, x1, y1) == (7.5, 7.5, 39.5, 23.5)
+
+
+def test_distances_are_to_the_own_id_and_to_others(tmp_path, saved):
+    near = torch.tensor([[0.9, 0.2, 0.5], [0.3, 0.6, 0.8], [0.1, 0.4, 0.2]])
+    figures.plot_distances(tmp_path / 'distances.png', near, torch.tensor([0, 1, 3]))  # the last one is a new_whale
+    axes = saved[0].axes[0]
+    assert axes.get_title(loc='left').startswith('50% of the named')
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        'of its own id (2)', 'of any other id (2)', 'of any id, to a new_whale (1)']
+    for patch, distances in zip(axes.patches, ([0.2, 0.8], [0.4, 1.0], [1.2])):
+        x = patch.get_xy()[patch.get_xy()[:, 1] > 0, 0]  # where the outline is above zero
+        assert x.min() <= distances[0] + 1e-6 and x.max() >= distances[-1] - 1e-6
+        assert x.min() > distances[0] - 0.3 and x.max() < distances[-1] + 0.3  # a bin is a third of 1.0 at most

@@ -34,7 +34,8 @@ def test_a_submission_has_five_different_labels_in_the_samples_order(trained, dr
     known = {'new_whale', *pd.read_csv(drawn / 'train.csv')['Id']}
     for labels in table['Id'].str.split():
         assert len(labels) == len(set(labels)) == 5 and set(labels) <= known
-    assert (result.folder / 'matches.png').stat().st_size > 1000
+    for name in ('matches.png', 'distances.png'):
+        assert (result.folder / name).stat().st_size > 1000
     assert 'validation MAP@5' in result.out
 
 

@@ -28,6 +28,7 @@ from tests.conftest import (
     write_frame,
 )
 from utils.clock import Clock
+from utils.figures import plot_batch
 from utils.log import TIME_COLUMNS
 
 ROOT = Path(train.__file__).parent
@@ -300,6 +301,37 @@ def test_max_minutes_runs_all_stages_and_ends(work, drawn):
     assert pd.read_csv(work / 'results/r/evaluations.csv')['step'].unique().tolist() == [1, 2, 3]
     assert torch.load(work / 'results/r/last.pth', weights_only=True)['finished']
     assert (work / 'results/r/curves.png').stat().st_size > 1000
+
+
+# What it shows
+
+def test_the_first_batch_is_drawn_once_and_changes_nothing(scripts, monkeypatch):
+    without = scripts.train(run='without', **ALL)
+    drawn, seen = [], []
+    monkeypatch.setattr(train, 'plot_batch', lambda *args: drawn.append(args) or plot_batch(*args))
+    monkeypatch.setattr(train, 'augment', lambda *args, real=train.augment: seen.append(real(*args)) or seen[-1])
+    spy = spy_on_batches(monkeypatch)
+    shown = scripts.train(run='shown', **ALL)
+    assert_same_run(without.folder, shown.folder)
+    (path, images, titles), = drawn
+    assert path.resolve() == shown.folder / 'batch.png' and path.stat().st_size > 1000
+    assert images is seen[0]
+    names = spy.data.train['Id'].iloc[spy.rows[:8]].tolist()
+    assert [title.split()[0] for title in titles] == names
+    assert {title.split()[-1] == 'mirrored' for title in titles} == {True, False}
+
+
+def test_titles_of_a_batch_where_a_mirror_is_the_same_animal(scripts, monkeypatch):
+    titles, spy = [], spy_on_batches(monkeypatch)
+    monkeypatch.setattr(train, 'plot_batch', lambda path, images, some: titles.extend(some))
+    scripts.train(max_iters=1, flip_is_new_id=False)
+    assert [title.split()[0] for title in titles] == spy.data.train['Id'].iloc[spy.rows[:8]].tolist()
+
+
+def test_progress_in_a_file_is_a_few_lines(scripts):
+    err = scripts.train(eval_every=1).err  # each evaluation writes a row of the table to the screen
+    lines = [line for line in err.split('\n') if line]
+    assert '\r' not in err and [line.split('|')[-1].split()[0] for line in lines] == ['0/6', '6/6']
 
 
 # What comes out does not depend on how the table is written

@@ -1,8 +1,11 @@
-"""The pictures of a training and of its answers."""
+"""The pictures of a training and of its answers; those of a data folder: python -m utils.figures data"""
+import sys
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from utils.errors import UserError, exit_clearly
 from utils.files import write_whole
 
 # Paul Tol's vibrant scheme, which the colour-blind can tell apart.
@@ -30,18 +33,14 @@ def plot_curves(evaluations, path):
                           marker='o' if len(table) < 30 else None)
         for border in x.shift()[restarts]:
             axes.axvline(border, color=GREY, lw=0.8, ls=':')
-        axes.set_title(title, loc='left', fontsize=10.5, color=DARK)
-        axes.set_xlabel('iteration', fontsize=9)
-        axes.grid(alpha=0.25, lw=0.6)
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.tick_params(labelsize=8.5)
         if len(lines) > 1:
             axes.legend(edgecolor='none', fontsize=9)
-        return axes
+        return dress(axes, title, 'iteration')
 
+    arcface = {'arcface': ('ArcFace', PINK, '-')} if 'arcface' in table and table['arcface'].any() else {}
     draw(panels['L'], 'training loss and its parts',
          loss=('joint loss', DARK, '-'), sigmoid=('sigmoid', BLUE, '-'), triplet=('triplet', ORANGE, '-'),
-         local=('local triplet', GREEN, '-')).set_ylim(bottom=0)
+         local=('local triplet', GREEN, '-'), **arcface).set_ylim(bottom=0)
     draw(panels['M'], 'MAP@5, top-1, top-5',
          valid_map5=('validation MAP@5', BLUE, '-'), valid_top1=('validation top-1', BLUE, '--'),
          valid_top5=('validation top-5', BLUE, ':'), train_map5=('training MAP@5', ORANGE, '-'),
@@ -71,17 +70,66 @@ def plot_matches(path, queries, query_titles, matches, match_titles):
     save(figure, path, 100)
 
 
-def plot_found(path, images, masks, boxes, titles):
-    """Photographs (h, w, 3), masks (h, w) 0/1 as outlines, boxes (x0, y0, x1, y1); six in a row, all in tiles of 3:2."""
-    figure, axes = _grid(-(-len(images) // 6), 6, np.empty((2, 3)))
+def plot_found(path, images, masks, boxes, titles, columns=6, tile=(2, 3), dpi=90, rows=()):
+    """Photographs (h, w, 3), masks (h, w) 0/1 as outlines, boxes (x0, y0, x1, y1; NaN: none), all in tiles of 3:2.
+
+    An image that is None leaves its tile empty; `rows` are texts beside the rows.
+    """
+    figure, axes = _grid(-(-len(images) // columns), columns, np.empty(tile))
     for panel, image, mask, (x0, y0, x1, y1), title in zip(axes.flat, images, masks, boxes, titles):
+        if image is None:
+            continue
         step = max(1, image.shape[1] // 400)    # a tile has no more pixels
         _show(panel, image[::step, ::step], title, DARK).set_anchor('N')
         panel.autoscale(False)
         panel.plot(np.array([x0, x1, x1, x0, x0]) / step, np.array([y0, y0, y1, y1, y0]) / step, color=ORANGE, lw=1.2)
         if mask.any() and not mask.all():
             panel.contour(mask[::step, ::step], [0.5], colors=PINK, linewidths=0.8)
-    save(figure, path, 90)
+    for panel, text in zip(axes[:, 0], rows):
+        panel.set_ylabel(text, fontsize=10, color=DARK)
+    save(figure, path, dpi)
+
+
+def plot_batch(path, images, titles):
+    """The first images of a batch (B, 4, H, W) as the network sees them, four in a row, the mask an outline."""
+    pixels = images[:16].permute(0, 2, 3, 1).float().cpu().numpy()  # (16, H, W, 4)
+    plot_found(path, pixels[..., :3], pixels[..., 3] > 0.5, np.full((len(pixels), 4), np.nan), titles, 4, pixels.shape[1:3], 150)
+
+
+def plot_distances(path, near, truth):
+    """Of validation photographs: how far the nearest labelled photograph of their own id is, and the nearest of any other.
+
+    near (V, N): Gallery.scores; truth (V,) in 0..N, N being new_whale, of which every id is another.
+    """
+    is_named = truth < near.shape[1]
+    named, column = near[is_named], truth[is_named, None]
+    own, other, new = named.gather(1, column)[:, 0], named.scatter(1, column, -1).amax(1), near[~is_named].amax(1)
+    series = {'of its own id': own, 'of any other id': other, 'of any id, to a new_whale': new}
+    series = {f'{name} ({len(values)})': pd.Series(2 - 2 * values.numpy()) for name, values in series.items()}
+    figure, right = Figure(figsize=(8, 4.2), layout='constrained'), (own > other).float().mean()
+    axes = dress(figure.subplots(), f'{right:.0%} of the named validation photographs have one of their own id nearest',
+                 'cosine distance to the nearest labelled photograph', 'share')
+    histogram(axes, series, np.histogram_bin_edges(pd.concat(series.values()), 'auto'), 'best')
+    save(figure, path, 100)
+
+
+def dress(axes, title, x, y=''):
+    """Title and labels, and what all charts have alike."""
+    axes.set_title(title, loc='left', fontsize=10.5, color=DARK)
+    axes.set_xlabel(x, fontsize=9), axes.set_ylabel(y, fontsize=9)
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.tick_params(labelsize=8.5)
+    return axes
+
+
+def histogram(axes, series, bins, place):
+    """Shares of the values in `bins`, what lies beyond in the last ones; `series` {label: values}, `place` of the legend."""
+    for (label, values), colour in zip(series.items(), (BLUE, ORANGE, GREEN)):
+        values = values.dropna().clip(bins[0], bins[-1])
+        axes.hist(values, bins, weights=np.full(len(values), 1 / max(len(values), 1)), histtype='stepfilled', lw=1.6,
+                  facecolor=colour + '22', edgecolor=colour, label=label)
+    axes.legend(edgecolor='none', fontsize=9, loc=place)
 
 
 def _grid(rows, columns, crop):
@@ -103,3 +151,15 @@ def _show(axes, crop, title, colour):
 
 def save(figure, path, dpi):
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi))
+
+
+@exit_clearly
+def main(argv):
+    from utils.data_figures import draw_data  # which draws with what stands above
+    if len(argv) != 1:
+        raise UserError('give a data folder: python -m utils.figures data')
+    draw_data(argv[0])
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,6 +1,7 @@
 """The training log: a fixed-width table, one row an evaluation; and the same rows as a CSV."""
 import sys
 from pathlib import Path
+from weakref import WeakSet
 
 import pandas as pd
 from tqdm import tqdm
@@ -35,7 +36,17 @@ def duration(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
 
 
+class _Lines(tqdm):
+    """A bar for a file or pipe: each state on a line of its own. tqdm.write need not clear it, and does not know it."""
+    monitor_interval, _instances = 0, WeakSet()
+
+    @staticmethod
+    def status_printer(file):
+        return lambda text: print(text, file=file, flush=True)
+
+
 def progress_bar(iterable=None, **options):
-    """tqdm, redrawn twice a second on a screen and every half minute in a file or pipe."""
+    """tqdm, redrawn twice a second on a screen; in a file or pipe a line every half minute."""
     options['disable'] = options.get('disable', False) or ranks.rank() > 0
-    return tqdm(iterable, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
+    kind, seconds = (tqdm, 0.5) if sys.stderr.isatty() else (_Lines, 30)
+    return kind(iterable, mininterval=seconds, dynamic_ncols=True, **options)
