@@ -6,6 +6,9 @@ import sys
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that says what is wrong and what to do."""
 
+    def __str__(self):
+        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())  # names may hold anything
+
 
 def exit_clearly(main):
     """Run a script's `main` so that a UserError ends it with that sentence and exit code 2, without a traceback."""
