@@ -1,12 +1,13 @@
 # make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
 # make test: run the tests. Both install what they need into .venv once.
+# make soak: 20,000 cases of broken and hostile input in place of the thousand that make test runs (about 15 minutes)
 PYTHON ?= python3
 RUN = .venv/bin/python
 NAME ?= demo
 DEMO = --data_dir data/sample --run $(NAME)
 MINUTES ?= 4.3
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 demo: .venv/installed
 	$(RUN) -m data.make_sample
@@ -17,6 +18,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m pytest -q tests
+
+soak: .venv/installed
+	SOAK=1 $(RUN) -m pytest -q tests/test_hostile.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'

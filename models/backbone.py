@@ -202,7 +202,11 @@ def load_imagenet(backbone, model_name, weights_dir='weights'):
                             'set pretrained = False to train from random weights') from error
         state = {f'network.{key}': value for key, value in source.state_dict().items()}
     else:
-        state = torch.load(_weights_file(name, Path(weights_dir)), map_location='cpu', weights_only=True)
+        file = _weights_file(name, Path(weights_dir))
+        try:
+            state = torch.load(file, map_location='cpu', weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            raise UserError(f'{file} holds no weights ({type(error).__name__}): delete it and run again') from error
     fill(backbone, state, name)
 
 
@@ -238,7 +242,7 @@ def _weights_file(name, weights_dir):
         try:
             write_whole(weights_dir / files[0], lambda path: _download(url, path, _hash_of(files[0])))
             return weights_dir / files[0]
-        except (OSError, HTTPException) as error:
+        except (OSError, ValueError, HTTPException) as error:
             causes.append(f'{url}: {error}')
     raise UserError(f'no mirror gave the ImageNet weights of {name} ({"; ".join(causes)}): download {files[0]} by hand '
                     f'into {weights_dir}/, or set pretrained = False to train from random weights')
