@@ -4,7 +4,7 @@ import math
 import shutil
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import HTTPRedirectHandler, build_opener
+from urllib.request import FTPHandler, HTTPHandler, build_opener
 
 import timm
 import torch
@@ -248,17 +248,16 @@ def _weights_file(name, weights_dir):
                     f'into {weights_dir}/, or set pretrained = False to train from random weights')
 
 
-class _OnlyHttps(HTTPRedirectHandler):
-    """GitHub sends on to a host of its own; a mirror that sends on to plain http is refused."""
+class _OnlyHttps(HTTPHandler, FTPHandler):
+    """In place of these two: mirrors send on to hosts of their own, but not from https to plain text."""
 
-    def redirect_request(self, request, file, code, message, headers, url):
-        if not url.startswith('https://'):
-            raise OSError(f'it leads to {url}, which is not https')
-        return super().redirect_request(request, file, code, message, headers, url)
+    def http_open(self, request):
+        raise OSError(f'it leads to {request.full_url}, which is not https')
+    ftp_open = http_open
 
 
 def _download(url, path, digest):
-    """OSError (or http.client's own) for what cannot be fetched, is not what the hash says, or says nothing for a minute."""
+    """OSError (or another) for what cannot be fetched, is not what the hash says, or stops for SILENCE seconds."""
     with build_opener(_OnlyHttps).open(url, timeout=SILENCE) as answer, open(path, 'wb') as file, \
             tqdm.wrapattr(answer, 'read', total=getattr(answer, 'length', None), unit='B', unit_scale=True) as body:
         shutil.copyfileobj(body, file)

@@ -90,7 +90,11 @@ def test_a_mirror_that_sends_on_to_plain_http_is_refused(mirror):
         assert one.asked == []
 
 
-@pytest.mark.parametrize('place', ['ftp://127.0.0.1/x', 'file:///etc/passwd', 'https://[', '//', ''])
+def test_nor_to_ftp(mirror):
+    refused(mirror, lambda handler: send(handler, b'', code=302, Location='ftp://127.0.0.1/x'), 'not https')
+
+
+@pytest.mark.parametrize('place', ['file:///etc/passwd', 'https://[', '//', ''])
 def test_a_mirror_that_sends_on_to_nowhere_is_refused(mirror, place):
     refused(mirror, lambda handler: send(handler, b'', code=302, Location=place), '')
 

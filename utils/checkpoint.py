@@ -26,13 +26,11 @@ def save(path, state):
 
 
 def require_stored(path):
-    """ValueError (or zipfile's own) unless each part of a zip lies in it as it is: a compressed one may claim any size."""
+    """ValueError (or zipfile's own) unless each part of a zip lies in it as it was written: compressed it may claim any size."""
     with zipfile.ZipFile(path) as file:
-        parts = file.infolist()
-        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > os.path.getsize(path):
-            raise ValueError('its parts are compressed, or larger than the file')
-        if file.testzip():
-            raise ValueError('its checksums are wrong')
+        parts, size = file.infolist(), os.path.getsize(path)
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > size or file.testzip():
+            raise ValueError('it is compressed, or damaged')
 
 
 def read(path, device='cpu'):
@@ -45,8 +43,9 @@ def _is(found, kind):
     """Whether a value is of a type, or a list or dict as `kind` draws it."""
     if isinstance(kind, dict):
         return isinstance(found, dict) and all(_is(found.get(name), inner) for name, inner in kind.items())
-    return isinstance(found, list) and all(isinstance(one, kind[0]) for one in found) if isinstance(kind, list) else \
-        isinstance(found, kind)
+    if isinstance(kind, list):
+        return isinstance(found, list) and all(isinstance(one, kind[0]) for one in found)
+    return isinstance(found, kind)
 
 
 def load(path, device='cpu'):

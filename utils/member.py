@@ -52,11 +52,9 @@ def load_arrays(path, layout, remedy):
             arrays, sizes = {name: file[name] for name in layout}, {'2': 2}
         for name, (kind, letters) in layout.items():
             array = arrays[name]
-            if array.dtype.kind != kind or array.ndim != len(letters) or any(
+            if array.dtype.kind != kind or array.ndim != len(letters) or kind == 'f' and not np.isfinite(array).all() or any(
                     sizes.setdefault(letter, size) != size for letter, size in zip(letters, array.shape)):
-                raise ValueError(f'{name} is {array.dtype} {array.shape}')
-            if kind == 'f' and not np.isfinite(array).all():
-                raise ValueError(f'{name} is not finite')
+                raise ValueError(f'its {name} are not such as test.py writes')
         return arrays
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise UserError(f'{path} cannot be read ({error}): {remedy}') from error
