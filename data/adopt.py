@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from data.decode import find_bad_images
 from data.tables import BOX, NEW_WHALE, _refuse, add_boxes, list_photographs, read_csv
@@ -41,7 +42,8 @@ def read_source(source, folder, given):
             raise UserError(f'{source} has no column {given[role] or " or ".join(words)}: give --{role} the name of one of '
                             f'{", ".join(table.columns)[:200]}')
     print(f'{source}: {", ".join(f"{role} in column {name!r}" for role, name in column.items() if name)}')
-    image, name, encounter = (table[column[role]].str.strip() if column[role] else '' for role in COLUMNS)
+    image, name, encounter = (
+        table[column[role]].str.strip() if column[role] else pd.Series('', table.index) for role in COLUMNS)
     if 'date' in column['encounter'].lower():  # an animal's day is an encounter, whatever the hour
         day = encounter.str.replace(r'[T ]\d+:\d\d.*', '', regex=True)
         encounter = (name + ' ' + day).where(day != '', '')
@@ -79,7 +81,8 @@ def split(table, test_share, new_share, seed):
     seen_in, ids_in = (pairs.groupby(key)[of].agg(set) for key, of in (('Id', 'encounter'), ('encounter', 'Id')))
     count = table['Id'].value_counts().sort_index().drop(NEW_WHALE, errors='ignore')
     few = count[(count > 1) & (count <= count[count > 1].median())].index
-    held, test = [], set()
+    held: list[str] = []
+    test: set[str] = set()
     for name in rng.permutation(few):
         others = set().union(*ids_in[list(seen_in[name])]).difference(held, [name])
         if len(held) < math.ceil(new_share * len(few)) and all(seen_in[other] - seen_in[name] - test for other in others):

@@ -12,12 +12,13 @@ from PIL import Image, ImageOps
 from utils.errors import UserError
 from utils.log import progress_bar
 
-MAX_PIXELS = 100_000_000                # a file that claims more is refused before it fills the memory
+# A file that claims more is refused before it fills the memory. The other formats take four times the memory of JPEG and PNG.
+MAX_PIXELS, MAX_PIXELS_OTHER = 64_000_000, 32_000_000
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')  # MPO, JPEGs in a row, counts as JPEG
 MASK_ROWS, MASK_COLUMNS = 192, 384      # size of the masks in masks.csv, which cover the whole photograph
 JPEG_END, PNG_END = b'\xff\xd9', b'IEND\xaeB`\x82'
 
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # MAX_PIXELS decides
+warnings.filterwarnings('ignore', module=r'PIL\.')  # about size, where MAX_PIXELS decides, and about damaged EXIF
 
 
 class BadImage(UserError):
@@ -28,21 +29,22 @@ class BadImage(UserError):
         self.reason = reason
 
 
-def read_image(path, as_mask=False):
+def read_image(path, as_mask=False, thumbnail=False):
     """Pixels of an image file, upright: (H, W, 3) uint8 RGB. The content tells the format, not the name.
 
-    Transparency is dropped, 16 bits become 8. `as_mask` keeps a greyscale file as it is, (H, W), in less time. Raises
-    BadImage (a UserError) for anything that is not whole.
+    Transparency is dropped, 16 bits become 8. `as_mask` keeps a greyscale file as it is, (H, W), in less time; `thumbnail`
+    gives most files in grey, at half their size. Raises BadImage (a UserError) for anything that is not whole.
     """
     try:
         with open(path, 'rb') as file:
             data = file.read()
         header = _read_header(path, io.BytesIO(data))
-        _require_end(path, header.format, data)
+        _require_end(path, header, data)
         # OpenCV, the faster one, turns rotated JPEGs upright, and rotated PNGs in its newest versions only
         if header.format in ('JPEG', 'MPO') or header.format == 'PNG' and 'exif' not in header.info:
-            grey = as_mask and header.mode in ('1', 'L')
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB)
+            flag = cv2.IMREAD_REDUCED_GRAYSCALE_2 if thumbnail else \
+                cv2.IMREAD_GRAYSCALE if as_mask and header.mode in ('1', 'L') else cv2.IMREAD_COLOR_RGB
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
             if image is not None:
                 return image
             raise BadImage(path, 'its pixels do not decode')
@@ -53,11 +55,11 @@ def read_image(path, as_mask=False):
         raise BadImage(path, _reason(error)) from error
 
 
-def _read_slowly(header):
+def _read_slowly(image):
     """Pixels of an opened Pillow image."""
-    if header.mode == 'F':
+    if image.mode == 'F':
         raise ValueError('its pixels are floating-point numbers, of no known range')
-    image = ImageOps.exif_transpose(header)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith('I'):  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     return np.array(image.convert('RGB'))
@@ -70,8 +72,9 @@ def _read_header(path, file):
     except Exception as error:
         empty = file.seek(0, os.SEEK_END) == 0
         raise BadImage(path, 'the file is empty' if empty else _reason(error)) from error
-    if header.width * header.height > MAX_PIXELS:
-        raise BadImage(path, f'{header.width} x {header.height} pixels are more than {MAX_PIXELS}')
+    most = MAX_PIXELS if header.format in ('JPEG', 'MPO', 'PNG') else MAX_PIXELS_OTHER
+    if not 0 < header.width * header.height <= most:
+        raise BadImage(path, f'{header.width} x {header.height} pixels are none, or more than {most}')
     return header
 
 
@@ -82,17 +85,20 @@ def read_size(path):
         return header.size[::-1] if header.getexif().get(0x0112, 1) > 4 else header.size  # Exif's orientation
 
 
-def _require_end(path, kind, data):
+def _require_end(path, header, data):
     """Raise BadImage unless a JPEG or PNG holds its end marker; older OpenCV paints what is cut off grey."""
-    if kind in ('JPEG', 'MPO'):
+    if header.format in ('JPEG', 'MPO'):
         position = 2
         while data[position:position + 1] == b'\xff' and data[position + 1:position + 2] != b'\xda':
             fill = data[position + 1:position + 2] == b'\xff'
             position += 1 if fill else 2 + int.from_bytes(data[position + 2:position + 4], 'big')
         # within the coded pixels 0xff is always followed by 0 or a restart; a thumbnail ends before them
-        whole = data.endswith(JPEG_END, position) or data.find(JPEG_END, position) >= 0
+        end = data.find(JPEG_END, position)
+        whole = end >= 0
+        if header.width * header.height * data.count(b'\xff\xda', position, end) > 10 * MAX_PIXELS:  # minutes of decoding
+            raise BadImage(path, 'it has too many scans')
     else:
-        whole = kind != 'PNG' or PNG_END in data
+        whole = header.format != 'PNG' or PNG_END in data
     if not whole:
         raise BadImage(path, 'the file is cut off')
 
@@ -101,7 +107,7 @@ def _reason(error):
     if isinstance(error, Image.UnidentifiedImageError):
         return 'it is not an image'
     if isinstance(error, Image.DecompressionBombError):
-        return f'more than {MAX_PIXELS} pixels'
+        return 'far too many pixels'
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
@@ -111,7 +117,7 @@ def decode_rle(rle, rows=MASK_ROWS, columns=MASK_COLUMNS):
         numbers = np.array(rle.split(), dtype=np.int64)
         starts, lengths = numbers[0::2] - 1, numbers[1::2]
         fits = len(starts) == len(lengths) and (starts >= 0).all() and (lengths > 0).all() and \
-            (starts + lengths <= rows * columns).all()
+            (starts <= rows * columns - lengths).all()
     except (ValueError, OverflowError):
         fits = False
     if not fits:
@@ -159,16 +165,16 @@ def _check(path):
     """Raise BadImage for a file that is not whole, without decoding a JPEG's or PNG's pixels."""
     try:
         with open(path, 'rb') as file:
-            kind = _read_header(path, file).format
-            if kind not in ('JPEG', 'MPO', 'PNG'):
+            header = _read_header(path, file)
+            if header.format not in ('JPEG', 'MPO', 'PNG'):
                 read_image(path)
                 return
-            end = PNG_END if kind == 'PNG' else JPEG_END
+            end = PNG_END if header.format == 'PNG' else JPEG_END
             file.seek(0, os.SEEK_END)
             file.seek(-min(len(end), file.tell()), os.SEEK_END)
             if file.read() != end:  # cut off, or with something after the image: look closer
                 file.seek(0)
-                _require_end(path, kind, file.read())
+                _require_end(path, header, file.read())
     except OSError as error:
         raise BadImage(path, _reason(error)) from error
 

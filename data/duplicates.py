@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
+from data.decode import BadImage, read_image
 from utils.log import progress_bar
 
 # Correlation of two 32x32 thumbnails. Of different photographs of right whales, drawn flukes and characters the most alike
@@ -16,11 +17,12 @@ SIDE = 32
 def fingerprints(paths):
     """A grey thumbnail of each whole photograph, of mean 0 and length 1: (n, 1024) float32; zeros where none decodes."""
     def one(path):
-        data = np.fromfile(path, np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_2) if len(data) else None
-        if image is None:
+        try:
+            image = read_image(path, thumbnail=True)
+        except BadImage:
             return np.zeros(SIDE * SIDE, np.float32)
-        small = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+        small = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+        small = small.reshape(SIDE * SIDE, -1).mean(1)
         small -= small.mean()
         return small / max(np.linalg.norm(small), 1e-6)
 

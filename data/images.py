@@ -208,7 +208,7 @@ class Crops:
     def _key(self, frame):
         columns = ['path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle'] + ['bad'] * ('bad' in frame)
         digest = hashlib.sha256(json.dumps([CACHE_VERSION, self.height, self.width, MARGIN, len(frame)]).encode())
-        digest.update(frame[columns].to_csv(index=False).encode())
+        digest.update(frame[columns].to_csv(index=False).encode(errors='surrogateescape'))
         good = frame[~frame['bad']] if 'bad' in frame else frame
         stats = [os.stat(path) for name in ('path', 'mask_path') for path in good[name].dropna()]
         digest.update(np.array([[s.st_size, s.st_mtime_ns] for s in stats]).tobytes())

@@ -68,7 +68,7 @@ def download(archive):
         raise UserError(f'the kaggle client is not installed: {sys.executable} -m pip install kaggle{by_hand}')
     command, said = [client, 'competitions', 'download', '-c', NAME, '-p', str(archive.parent)], ''
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while chunk := process.stdout.read1().decode(errors='replace'):
+        while chunk := os.read(process.stdout.fileno(), 4096).decode(errors='replace'):  # type: ignore[union-attr]
             said = (said + chunk)[-4000:]
             if '\r' in chunk:  # a bar that is drawn anew
                 print(chunk, end='', file=sys.stderr, flush=True)

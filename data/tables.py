@@ -4,6 +4,7 @@ Labels: 0..N-1 are the ids in sorted order, N..2N-1 the same ids mirrored, the n
 All but train.csv and train/ is optional; `Tables.notes` says what is absent.
 """
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from utils.errors import UserError
 NEW_WHALE = 'new_whale'
 BOX = ['x0', 'y0', 'x1', 'y1']
 NUM_FOLDS = 5
+ODD = re.compile(r'[\0-\x1f\x7f-\x9f\ud800-\udfff]|.{256}')  # in names: numpy and CSV files would lose or refuse some
 MAX_FOLD_IDS = 512        # ids in a validation fold: 512 and 230 new_whale on Kaggle
 NEW_PER_NAMED = 31 / 69   # new_whale images for each named one in a fold, about as in Kaggle's test set
 
@@ -77,7 +79,7 @@ def unlabelled_playground(tables):
     """The playground's images that have no label of `tables.ids`: as `tables.test`, to be given one."""
     folder = tables.data_dir / 'playground' / 'train'
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    frame = pd.DataFrame({'Image': [name for name in names if not name.startswith('.')]}, dtype=str)
+    frame = pd.DataFrame({'Image': [name for name in names if not (name.startswith('.') or ODD.search(name))]}, dtype=str)
     frame = frame[~frame['Image'].isin([*tables.train['Image'], *tables.test['Image']])].reset_index(drop=True)
     frame['path'] = str(folder) + os.sep + frame['Image']
     add_boxes_and_masks((frame,), tables.data_dir, [])
@@ -102,7 +104,7 @@ def read_photographs(source):
     source = Path(source)
     if source.is_dir():
         table = list_photographs(source)
-        _refuse(source, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them', 'write _ in its place')
+        _refuse_names(source, table)
     elif source.is_file():
         table = read_labels(source)
         _find_images(table, source.parent, source, True, [])
@@ -161,7 +163,7 @@ def read_csv(path, columns=None, unique=True):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', pd.errors.ParserWarning)  # each row is longer than the first line
-            table = pd.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False, index_col=False)
+            table = pd.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False, index_col=False, compression=None)
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors are ValueErrors
         raise UserError(f'{path} is not a CSV file ({str(error).strip()}): save it as UTF-8 CSV') from error
     columns = table.columns if columns is None else columns
@@ -185,10 +187,16 @@ def read_labels(path, columns=('Image', 'Id')):
     _refuse(path, table, blank, 'has rows without an image or an id', f'fill in ({NEW_WHALE} if unknown)')
     is_path = table['Image'].str.contains(r'[/\\]') | table['Image'].isin(['.', '..'])
     _refuse(path, table, is_path, 'has image names that are paths', 'write bare names of files in the folder')
-    if 'Id' in columns:
+    _refuse_names(path, table)
+    return table
+
+
+def _refuse_names(path, table):
+    odd = table.map(lambda text: ODD.search(text) is not None).any(axis=1)
+    _refuse(path, table, odd, 'has names with control characters, or of 256 characters and more', 'rename them')
+    if 'Id' in table:
         _refuse(path, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them',
                 'write _ in its place, since a submission separates ids by spaces')
-    return table
 
 
 def _refuse(path, table, bad, what, remedy):
@@ -213,7 +221,7 @@ def _find_images(table, folder, csv, check_files, notes):
                         'there, or delete their rows')
     unlisted = sorted(name for name in present.difference(table['Image']) if not name.startswith('.'))
     if unlisted:
-        notes.append(f'{folder.name}/: {len(unlisted)} files, {unlisted[0]} the first, are not in {csv.name}')
+        notes.append(f'{folder.name}/: {len(unlisted)} files, {unlisted[0]!r} the first, are not in {csv.name}')
 
 
 def _read_playground(folder, ids, train, check_files, notes):
@@ -274,8 +282,9 @@ def add_boxes(frames, csv, notes):
     if csv.is_file():
         table = read_csv(csv, ['Image', *BOX])
         boxes = table[BOX].apply(pd.to_numeric, errors='coerce').astype('float64')
-        no_box = ~np.isfinite(boxes).all(axis=1) | (boxes['x1'] <= boxes['x0']) | (boxes['y1'] <= boxes['y0'])
-        _refuse(csv, table, no_box, 'has boxes without x0 < x1 and y0 < y1', 'mend or delete them')
+        sides = boxes[['x1', 'y1']].to_numpy() - boxes[['x0', 'y0']].to_numpy()  # (rows, 2)
+        is_box = (boxes.abs() < 1e9).all(axis=1) & (sides > 1e-3).all(axis=1)  # numbers that can still be computed with
+        _refuse(csv, table, ~is_box, 'has boxes without x0 < x1 and y0 < y1 in pixels', 'mend or delete them')
         boxes.index = table['Image']
     found = []
     for frame in frames:
@@ -317,7 +326,7 @@ def _read_groups(csv, ids, notes):
 
     def root(name):
         while parent.setdefault(name, name) != name:
-            name = parent[name]
+            parent[name] = name = parent[parent[name]]  # a shorter way for the next who asks
         return name
 
     for row in read_csv(csv, ['Id', 'SubId'], unique=False).to_numpy():

@@ -1,8 +1,11 @@
 """A name -> a feature extractor with a 4-channel stem: which there are, their ImageNet weights, what `freeze` freezes."""
 import difflib
 import math
+import shutil
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import FTPHandler, HTTPHandler, build_opener
 
 import timm
 import torch
@@ -11,9 +14,10 @@ from pretrainedmodels.models import senet
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import sha256
+from utils.files import sha256, write_whole
 
 # block, blocks in layer1..4, and what sets SENet154 apart from the SE-ResNets and SE-ResNeXts (arXiv:1709.01507).
 _SENET154 = dict(groups=64, inplanes=128, input_3x3=True, downsample_kernel_size=3, downsample_padding=1)
@@ -44,6 +48,7 @@ WEIGHTS = {
     'seresnet101': ('v0.1-cadene', 'se_resnet101-7e38fcc6.pth', 'se_resnet101-7e38fcc6.pth'),
     'seresnet152': ('v0.1-cadene', 'se_resnet152-d17c99b7.pth', 'se_resnet152-d17c99b7.pth'),
 }
+SILENCE = 60  # seconds without a byte until a mirror is given up
 FROZEN_LAYERS = ('layer0', 'layer1', 'layer2')  # what `freeze` holds still in a SENet (the competition's first place)
 
 
@@ -198,7 +203,11 @@ def load_imagenet(backbone, model_name, weights_dir='weights'):
                             'set pretrained = False to train from random weights') from error
         state = {f'network.{key}': value for key, value in source.state_dict().items()}
     else:
-        state = torch.load(_weights_file(name, Path(weights_dir)), map_location='cpu', weights_only=True)
+        file = _weights_file(name, Path(weights_dir))
+        try:
+            state = torch.load(file, map_location='cpu', weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            raise UserError(f'{file} holds no weights ({type(error).__name__}): delete it and run again') from error
     fill(backbone, state, name)
 
 
@@ -231,14 +240,30 @@ def _weights_file(name, weights_dir):
     causes = []
     for mirror in _MIRRORS:
         url = mirror.format(folder=folder, name=files[0])
-        try:  # writes to a temporary file, compares the hash, then renames
-            weights_dir.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(weights_dir / files[0]), hash_prefix=_hash_of(files[0]))
+        try:
+            write_whole(weights_dir / files[0], lambda path: _download(url, path, _hash_of(files[0])))
             return weights_dir / files[0]
-        except (OSError, RuntimeError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             causes.append(f'{url}: {error}')
     raise UserError(f'no mirror gave the ImageNet weights of {name} ({"; ".join(causes)}): download {files[0]} by hand '
                     f'into {weights_dir}/, or set pretrained = False to train from random weights')
+
+
+class _OnlyHttps(HTTPHandler, FTPHandler):
+    """In place of these two: mirrors send on to hosts of their own, but not from https to plain text."""
+
+    def http_open(self, request):
+        raise OSError(f'it leads to {request.full_url}, which is not https')
+    ftp_open = http_open
+
+
+def _download(url, path, digest):
+    """OSError (or another) for what cannot be fetched, is not what the hash says, or stops for SILENCE seconds."""
+    with build_opener(_OnlyHttps).open(url, timeout=SILENCE) as answer, open(path, 'wb') as file, \
+            tqdm.wrapattr(answer, 'read', total=getattr(answer, 'length', None), unit='B', unit_scale=True) as body:
+        shutil.copyfileobj(body, file)
+    if not sha256(path).startswith(digest):
+        raise OSError('its content is not what the hash in its name says')
 
 
 def _hash_of(file_name):

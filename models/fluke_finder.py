@@ -16,9 +16,10 @@ import torch
 from data.augment import photometric, to_input
 from data.decode import BadImage, read_image, read_mask
 from data.make_sample import draw_sample
-from data.tables import BOX, add_boxes_and_masks, read_csv
+from data.tables import BOX, ODD, add_boxes_and_masks, read_csv
 from data.wild_photographs import draw_wild
 from models.finder_net import FlukeFinder, box_of, find, finder_loss
+from utils import checkpoint
 from utils.constants import SHARED_RULES, one_of, read_constants, rule
 from utils.device import amp_dtype, choose_device
 from utils.errors import UserError, exit_clearly
@@ -75,7 +76,8 @@ def list_photographs(folder):
     """Photographs below `folder`: DataFrame Image, path, BOX, mask_path, mask_rle, mark (of the mask file), has_mask: what the
     user gave. What this script wrote (fluke_finder.csv knows) is not in them; our_box and our_mask tell where it is."""
     folders = [folder / name for name in ('train', 'test', 'playground/train')]
-    paths = [path for part in folders if part.is_dir() for path in sorted(part.iterdir()) if path.name[0] != '.']
+    paths = [path for part in folders if part.is_dir() for path in sorted(part.iterdir())
+             if not (path.name.startswith('.') or ODD.search(path.name))]
     frame = pd.DataFrame({'Image': [path.name for path in paths], 'path': list(map(str, paths))}, dtype=object)
     frame = frame.drop_duplicates('Image', ignore_index=True)
     if frame.empty:
@@ -192,7 +194,7 @@ def load_network(path):
     """Network, height, width and key of a weights.pth. Raises UserError."""
     net = FlukeFinder().eval()
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = checkpoint.read(path)
         net.load_state_dict(state['model'])
         return net, state['height'], state['width'], state['key']
     except Exception as error:  # torch raises many kinds for a file that is none of its own; all mean the same here

@@ -1,4 +1,5 @@
 """A small data set and a small backbone, so that whole trainings take seconds."""
+import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
 import models.whale_net
@@ -19,6 +21,20 @@ SIZES = [1, 1, 2, 2, 3, 3, 3, 4, 4, 5]  # training images of each id
 NEW, TEST = 12, 12
 SETTINGS = dict(run='r', model_name='seresnext14', height=32, width=64, batch_size=8, threads=1, precision='fp32',
                 pretrained=False, device='cpu', min_num_class=0, max_iters=6, eval_every=3)
+
+SOAK = bool(os.environ.get('SOAK'))
+CASES = dict(count=0, slowest=(0.0, ''), grown=0)  # of tests/test_hostile.py
+settings.register_profile('test', derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+                          phases=[Phase.explicit, Phase.generate])  # a failing case is small enough; to shrink it takes minutes
+settings.register_profile('soak', settings.get_profile('test'), derandomize=False, deadline=5000, print_blob=True)
+settings.load_profile('soak' if SOAK else 'test')
+
+
+def pytest_terminal_summary(terminalreporter):
+    if CASES['count']:
+        seconds, what = CASES['slowest']
+        terminalreporter.line(f'hostile input: {CASES["count"]:,} cases; the slowest ({what}) took {seconds:.2f} s; '
+                              f'memory grew by {CASES["grown"] / 1e6:.0f} MB')
 
 
 class SmallBackbone(nn.Module):

@@ -1,6 +1,7 @@
 """One file a checkpoint, written whole; which ones a run keeps; where a training starts or goes on."""
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -9,6 +10,13 @@ from utils.errors import UserError
 from utils.files import write_whole
 
 ADDED = dict(pooling='mean', strips='down', w_arcface=0.0, ema=0.0)  # constants that older checkpoints lack
+# What a checkpoint holds, by type; a list is a list of such.
+CONTENT = dict(
+    model=dict, optimizer=dict, ids=[str], fold_images=[str], iteration=int, step=int, first=int, finished=bool, best=float,
+    since_best=int, kept=[tuple], threshold=float, rows=[tuple], start=(int, str), elapsed=float, mark=float, log=[str],
+    evaluations=[dict], constants=dict(
+        model_name=str, height=int, width=int, flip_is_new_id=bool, fold=int, seed=int, pretrained=bool, stages=str,
+        pooling=str, strips=str, w_arcface=float, w_local=float, ema=float))
 KEEP = 3  # the best evaluations of a step also stay under their iteration
 
 
@@ -17,25 +25,50 @@ def save(path, state):
     write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
+def require_stored(path):
+    """ValueError (or zipfile's own) unless each part of a zip lies in it as it was written: compressed it may claim any size."""
+    with zipfile.ZipFile(path) as file:
+        parts, size = file.infolist(), os.path.getsize(path)
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > size or file.testzip():
+            raise ValueError('it is compressed, or damaged')
+
+
+def read(path, device='cpu'):
+    """What torch.save wrote, as long as it is tensors and plain values; anything else raises one of many kinds of errors."""
+    require_stored(path)
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _is(found, kind):
+    """Whether a value is of a type, or a list or dict as `kind` draws it."""
+    if isinstance(kind, dict):
+        return isinstance(found, dict) and all(_is(found.get(name), inner) for name, inner in kind.items())
+    if isinstance(kind, list):
+        return isinstance(found, list) and all(isinstance(one, kind[0]) for one in found)
+    return isinstance(found, kind)
+
+
 def load(path, device='cpu'):
     """Read a checkpoint; only tensors and plain values are accepted, no code. Raises UserError when it is not there."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = read(path, device)
     except FileNotFoundError as error:
         raise UserError(f'there is no checkpoint {path}; train first, or name another with checkPoint_start') from error
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint; all mean the same here
         raise UserError(f'{path} is not a readable checkpoint ({type(error).__name__}); '
                         'delete it or name another with checkPoint_start') from error
-    if not isinstance(state, dict) or not {'model', 'ids', 'constants', 'iteration', 'fold_images'} <= set(state):
+    if _is(state, dict(constants=dict)):
+        state = {'raw': None, **state, 'constants': {**ADDED, **state['constants']}}
+    if not _is(state, CONTENT) or not all(32 <= state['constants'][side] <= 10_000 for side in ('height', 'width')):
         raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')
-    return {'raw': None, **state, 'constants': {**ADDED, **state['constants']}}
+    return state
 
 
 def fill(net, state, path):
     """Load a checkpoint's weights into the network; UserError when they are those of another network."""
     try:
         net.load_state_dict(state['model'])
-    except RuntimeError as error:
+    except Exception as error:  # RuntimeError, and others where the dict holds no tensors
         made = ', '.join(f'{name} = {state["constants"].get(name)!r}' for name in (
             'model_name', 'flip_is_new_id', 'pooling', 'w_arcface'))
         raise UserError(f'the weights in {path} do not fit: it was trained with {made}; set the same, or name another '

@@ -130,7 +130,8 @@ def draw_photographs(path, labelled, some):
             *(('the same?', some.iloc[pairs[first:first + 3].ravel()]) for first in (0, 3))]
     rows = [(text, part) for text, part in rows if len(part)]
     tiles = [shown for _, part in rows for shown in [*map(tile, part.itertuples()), *[BLANK] * (6 - len(part))]]
-    plot_found(path, *zip(*tiles), rows=[text for text, _ in rows])
+    images, masks, boxes, titles = zip(*tiles)
+    plot_found(path, images, masks, boxes, titles, rows=[text for text, _ in rows])
     print(f'written: {path}; {len(pairs)} pairs of {len(some):,} photographs are nearly the same, {(~one_id).sum()} of them '
           'under two ids')
 

@@ -16,6 +16,9 @@ REMEDIES = {
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that says what is wrong and what to do."""
 
+    def __str__(self):
+        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())  # names may hold anything
+
 
 def explain(error):
     """The sentence about an error that is not a mistake of this code; None for any other."""

@@ -38,7 +38,8 @@ def duration(seconds):
 
 class _Lines(tqdm):
     """A bar for a file or pipe: each state on a line of its own. tqdm.write need not clear it, and does not know it."""
-    monitor_interval, _instances = 0, WeakSet()
+    monitor_interval = 0
+    _instances: WeakSet = WeakSet()
 
     @staticmethod
     def status_printer(file):

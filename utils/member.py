@@ -1,7 +1,6 @@
 """One trained network as it answers: scores of validation and test images, with those of its gallery mixed in."""
 import hashlib
 import tempfile
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,9 @@ from utils.scores import Gallery, calibrate, fuse, predict, predict_batches
 VIEWS = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.93), (0.0, 0.0, 1.07))  # x, y, scale
 
 
-GALLERY = ('embeddings', 'images', 'owners', 'enrolled', 'key')
+# Arrays of the files: name -> kind of dtype, and its dimensions by letter.
+GALLERY = dict(embeddings=('f', 'g2c'), images=('U', 'g'), owners=('U', 'g'), enrolled=('b', 'g'), key=('U', ''))
+SCORES = dict(ids=('U', 'n'), images=('U', 'q'), scores=('f', 'qn'), valid_images=('U', 'v'), valid=('f', 'vn'))
 
 
 def on_disk(folder, shape, dtype):
@@ -43,18 +44,25 @@ class Scores:
     valid: torch.Tensor
 
 
-def load_arrays(path, names, remedy):
-    """The arrays of an npz, by name. UserError, which ends in `remedy`, when they cannot be read."""
+def load_arrays(path, layout, remedy):
+    """The arrays of an npz, by name. UserError, which ends in `remedy`, when they cannot be read or are not as in `layout`."""
     try:
+        checkpoint.require_stored(path)
         with np.load(path) as file:
-            return {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays, sizes = {name: file[name] for name in layout}, {'2': 2}
+        for name, (kind, letters) in layout.items():
+            array = arrays[name]
+            if array.dtype.kind != kind or array.ndim != len(letters) or kind == 'f' and not np.isfinite(array).all() or any(
+                    sizes.setdefault(letter, size) != size for letter, size in zip(letters, array.shape)):
+                raise ValueError(f'its {name} are not such as test.py writes')
+        return arrays
+    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise UserError(f'{path} cannot be read ({error}): {remedy}') from error
 
 
 def saved_scores(path):
     """The Scores in a scores.npz that test.py wrote."""
-    file = load_arrays(path, ('ids', 'images', 'scores', 'valid_images', 'valid'), 'run test.py for that training again')
+    file = load_arrays(path, SCORES, 'run test.py for that training again')
     return Scores(str(path), file['ids'].tolist(), file['images'].tolist(), file['scores'], file['valid_images'].tolist(),
                   torch.from_numpy(file['valid'].astype(np.float32)))
 
@@ -68,8 +76,8 @@ class Member:
     def __init__(self, c, file, train, ids, crops):
         state = checkpoint.load(file)
         if state['ids'] != ids:
-            odd = sorted(set(state['ids']) ^ set(ids))
-            raise UserError(f'{file} was trained on other ids than {c.data_dir}/train.csv has ({len(odd)} differ, such as '
+            odd = [*sorted(set(state['ids']) ^ set(ids)), 'their order']
+            raise UserError(f'{file} was trained on other ids than {c.data_dir}/train.csv has ({len(odd) - 1} differ, such as '
                             f'{odd[0]}): its answers would be wrong; use the data folder that it was trained on')
         self.c, self.file, self.name = c, file, f'{file.parent.name}/{file.stem}'
         self.train, self.ids, self.shared = train, ids, crops
@@ -115,12 +123,12 @@ class Member:
         saved = None
         if self.gallery_file.exists():
             saved = load_arrays(self.gallery_file, GALLERY, 'delete it, then enrol its new ids again')
-            if not str(saved['key']).startswith(self.network_key):
+            if not str(saved['key']).startswith(self.network_key) or saved['embeddings'].shape[2] != self.net.neck.num_features:
                 if saved['enrolled'].any():
                     raise UserError(f'{self.gallery_file} was made with other weights or views than {self.file} has now: delete '
                                     'it, then enrol its new ids again')
                 saved = None
-        if saved and str(saved['key']) == self.key:
+        if saved and str(saved['key']) == self.key and np.array_equal(saved['owners'][~saved['enrolled']], self.owners):
             self.images, self.owners, self.enrolled = (saved[name] for name in ('images', 'owners', 'enrolled'))
             self.embeddings = torch.from_numpy(saved['embeddings']).float().to(self.c.device)
             return
