@@ -120,7 +120,9 @@ def test_keys_decide_and_what_was_decided_is_exported(browse, tmp_path):
     assert image(page) == 'd.jpg' and text(page, 'decided') == '3 of 5 decided' and 'Undecided' in text(page, 'verdict')
     press(page, 'ArrowLeft', 'ArrowLeft')
     assert image(page) == 'b.jpg' and 'Decided: new_whale' in text(page, 'verdict')
-    press(page, 'ArrowRight')
+    press(page, 'ArrowLeft')
+    assert 'Decided: w_c' in text(page, 'verdict') and '3: w_c' in text(page, 'match')  # what was chosen stands there again
+    press(page, 'ArrowRight', 'ArrowRight')
     assert 'Skipped' in text(page, 'verdict')
     table = rows_of(export(page, tmp_path))
     assert table == [['a.jpg', 'w_c', 'accepted'], ['b.jpg', 'new_whale', 'new_whale'], [EVIL_FILE, '', 'rejected']]
