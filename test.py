@@ -1,8 +1,9 @@
 """Name the whales of the test photographs. Edit the constants below, then: python test.py
 
 Scores the validation fold first, chooses gallery weight and threshold there, and writes results/RUN/submission.csv,
-scores.npz, matches.png (queries beside their five nearest labelled photographs) and distances.png (how near those of one
-animal lie); several runs together write into results/ensemble. New animals join without training:
+scores.npz, matches.html (each query beside its five answers, for a person to decide), matches.png (some queries beside their
+nearest labelled photographs) and distances.png (how near photographs of one animal lie); several runs together write into
+results/ensemble. New animals join without training:
 python test.py --enrol FOLDER, with a folder of photographs for each.
 """
 import sys
@@ -23,6 +24,7 @@ from utils.figures import plot_distances, plot_matches
 from utils.files import write_whole
 from utils.member import Member, on_disk, saved_scores
 from utils.metrics import best_ids, choose_threshold, insert_new_whale, write_submission
+from utils.review import write_review
 
 data_dir = 'data'           # where train.csv, test/ and sample_submission.csv lie
 run = 'whale'               # the training: results/RUN; several with commas (other networks, folds, sizes): their mean.
@@ -41,6 +43,7 @@ skip_bad_images = False     # True: go on without images that cannot be read (an
 cache_dir = 'results/cache'  # decoded crops
 cache = 'auto'              # where they are read from: 'device', 'memory', 'disk', 'none' (decode anew), 'auto': what fits
 matches = 8                 # queries in matches.png; 0: no pictures
+review = True               # matches.html and its thumbnails in matches/: look at all answers in a browser, decide, export
 batch_size = 64             # images at a time, each with its mirror image
 device = 'auto'             # 'auto', 'cuda', 'cuda:1', 'cpu'
 threads = 0                 # CPU threads; 0: all cores
@@ -54,7 +57,7 @@ RULES = {
     **rule('weights', tuple, lambda v: all(w > 0 for w in v), 'a positive number for each member'),
     **rule('gallery_weight threshold', float, lambda v: v == -1 or 0 <= v <= 1, 'between 0 and 1, or -1'),
     **rule('new_whale_share pseudo_label_min_score pseudo_new_max_score', float, lambda v: 0 <= v < 1, 'between 0 and 1'),
-    **rule('enrol', str, lambda v: True, 'a folder or a CSV'),
+    **rule('enrol', str, lambda v: True, 'a folder or a CSV'), **rule('review', bool, lambda v: True, 'True or False'),
     **rule('views', int, lambda v: v in (1, 3), '1 or 3'), **rule('batch_size', int, lambda v: v > 0, 'a whole number above 0')}
 
 
@@ -111,7 +114,11 @@ def main(argv):
     if member and c.matches:
         draw_matches(member, folder / 'matches.png', c.matches, asked, values[:, 0], answers)
         plot_distances(folder / 'distances.png', *member.nearest)
-    print(f'written: {folder}/submission.csv, scores.npz' + (', matches.png, distances.png' if member and c.matches else ''))
+    if member and c.review:
+        write_review(folder / 'matches.html', member, asked['Image'], values, order, answers[:, 0] == len(ids), threshold)
+    pictures = ('matches.png', c.matches), ('distances.png', c.matches), ('matches.html', c.review)
+    drawn = [name for name, wanted in pictures if member and wanted]
+    print(', '.join([f'written: {folder}/submission.csv', 'scores.npz', *drawn]))
     if c.pseudo_label_min_score:
         write_pseudo_labels(c, asked, len(tables.test), values[:, 0], order[:, 0], tables)
 
@@ -197,8 +204,7 @@ def draw_matches(member, path, count, asked, surest, answers):
     """A few queries, from the surest to the least sure, beside their five nearest labelled photographs."""
     order = surest.argsort(descending=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
-    likeness = (1 + member.gallery.likeness(member.embed(member.test, chosen.numpy(), 'matches'))) / 2  # (count, G)
-    likeness[:, torch.from_numpy(member.enrolled)[member.gallery.columns.cpu()]] = 0  # whose crops are not kept
+    likeness = (1 + member.likeness(chosen.numpy())) / 2  # (count, G)
     best = likeness.topk(min(5, int((~member.enrolled).sum())))  # (count, 5)
     places = member.gallery.columns[best.indices].cpu().numpy()  # (count, 5) in the gallery
     rows = np.array([pd.Index(member.train['Image']).get_indexer(member.images[row]) for row in places])

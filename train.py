@@ -152,7 +152,7 @@ def run_steps(c, part, folder):
         return ranks.wait()
     data = ranks.one_after_another(lambda: TrainingSet(c, {step['min_num_class'] for step in steps}))
     if state['model'] and state['ids'] != data.ids:
-        raise UserError(f'{folder}/last.pth knows other ids than {c.data_dir}/train.csv; choose another run')
+        raise UserError(f'{folder}/last.pth knows other ids than {c.data_dir}/train.csv with reviewed.csv; choose another run')
     if state['fold_images'] not in (None, data.fold_images):
         raise UserError(f'the validation fold of {folder} is no longer that of {c.data_dir}/train.csv: photographs were added, '
                         'removed or repaired, so learned ones would validate; choose another run')

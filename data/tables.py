@@ -28,7 +28,7 @@ class Tables:
 
     ids: the N names in sorted order. group: (N,) int64, equal for ids of one whale; None: unknown.
     train: a row an image: Image, Id, label (int64), path, x0, y0, x1, y1 (pixels; NaN: no box), mask_path and
-        mask_rle (str or None), source ('train', 'playground' or 'pseudo').
+        mask_rle (str or None), source ('train', 'playground', 'reviewed' or 'pseudo').
     test: the same without Id, label and source; may be empty. notes: a line for each optional part.
     """
     data_dir: Path
@@ -47,8 +47,9 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
     """Read and check the tables under `data_dir`; a UserError names the file, the lines and what to do.
 
     new_whale's label is 2N, or N where a mirrored animal is the same animal (`flip_is_new_id` False).
-    With `check_files` False the images listed need not exist. With `pseudo` the images of pseudo_labels.csv join the
-    training table, from test/ and playground/train/.
+    With `check_files` False the images listed need not exist. The images of reviewed.csv, and with `pseudo` those of
+    pseudo_labels.csv, join the training table, from test/ and playground/train/; of two labels of an image the first
+    counts: train.csv, playground/train.csv, reviewed.csv, pseudo_labels.csv.
     """
     data_dir, csv = Path(data_dir), Path(data_dir) / 'train.csv'
     notes: list[str] = []
@@ -63,8 +64,17 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
     _find_images(train, data_dir / 'train', csv, check_files, notes)
     playground = _read_playground(data_dir / 'playground', ids, train, check_files, notes)
     train = pd.concat([train, playground], ignore_index=True)
+    reviewed, pseudo_csv = data_dir / 'reviewed.csv', data_dir / 'pseudo_labels.csv'
+    if reviewed.is_file():
+        train = pd.concat([train, _read_answered(reviewed, 'reviewed', train, notes)], ignore_index=True)
+        ids = sorted(set(train['Id']) - {NEW_WHALE})  # a person may have named a new animal
+    else:
+        notes.append('reviewed.csv: absent, no reviewed images')
+    if pseudo and not pseudo_csv.is_file():
+        raise UserError(f'{pseudo_csv} is not there: write it with test.py (pseudo_label_min_score), or set '
+                        'pseudo_label_weight = 0')
     if pseudo:
-        train = pd.concat([train, _read_pseudo_labels(data_dir, ids, train, notes)], ignore_index=True)
+        train = pd.concat([train, _read_answered(pseudo_csv, 'pseudo', train, notes, ids)], ignore_index=True)
     label = train['Id'].map(dict(zip(ids, range(len(ids)))))
     train['label'] = label.fillna((2 if flip_is_new_id else 1) * len(ids)).astype('int64')
     test = _read_test(data_dir, check_files, notes)
@@ -178,11 +188,16 @@ def read_csv(path, columns=None, unique=True):
     return table
 
 
-def read_labels(path, columns=('Image', 'Id')):
-    """Image names, and ids where `columns` has them: nothing blank, no image twice, no id with a space."""
+def read_labels(path, columns=('Image', 'Id'), undecided=False):
+    """Image names, and ids where `columns` has them: nothing blank, no image twice, no id with a space.
+
+    With `undecided` an id may be blank, and its row is left out.
+    """
     table = read_csv(path, columns)
     if table.empty:
         raise UserError(f'{path} has no rows: it needs one line for each image')
+    if undecided:
+        table = table[table['Id'].str.strip() != '']
     blank = table.apply(lambda column: column.str.strip() == '').any(axis=1)
     _refuse(path, table, blank, 'has rows without an image or an id', f'fill in ({NEW_WHALE} if unknown)')
     is_path = table['Image'].str.contains(r'[/\\]') | table['Image'].isin(['.', '..'])
@@ -241,20 +256,22 @@ def _read_playground(folder, ids, train, check_files, notes):
     return table
 
 
-def _read_pseudo_labels(data_dir, ids, train, notes):
-    """Rows of pseudo_labels.csv: images of test/ and playground/train/ with the ids that a network gave them."""
-    csv = data_dir / 'pseudo_labels.csv'
-    if not csv.is_file():
-        raise UserError(f'{csv} is not there: write it with test.py (pseudo_label_min_score), or set pseudo_label_weight = 0')
-    table = read_labels(csv).assign(source='pseudo')
-    _refuse(csv, table, ~table['Id'].isin([*ids, NEW_WHALE]), 'has ids that train.csv has not', 'write the file anew')
+def _read_answered(csv, source, train, notes, ids=None):
+    """Rows of pseudo_labels.csv or reviewed.csv: images of test/ and playground/train/ as a network, or a person, named them.
+
+    A person may give any name (`ids` None), or none to what stays undecided; such rows are left out.
+    """
+    table = read_labels(csv, undecided=ids is None).assign(source=source)
+    if ids is not None:
+        _refuse(csv, table, ~table['Id'].isin([*ids, NEW_WHALE]), 'has ids that train.csv has not', 'write the file anew')
     listed = table['Image'].isin(train['Image'])
     table = table[~listed].copy()
-    folders = [data_dir / 'test', data_dir / 'playground' / 'train']
+    folders = [csv.parent / 'test', csv.parent / 'playground' / 'train']
     table['path'] = [next((path for path in (f'{folder}{os.sep}{name}' for folder in folders) if os.path.exists(path)), '')
                      for name in table['Image']]
-    _refuse(csv, table, table['path'] == '', 'has images that are neither in test/ nor in playground/train/', 'write it anew')
-    notes.append(f'pseudo_labels.csv: {(table["Id"] != NEW_WHALE).sum()} images of ids and {(table["Id"] == NEW_WHALE).sum()} '
+    _refuse(csv, table, table['path'] == '', 'has images that are neither in test/ nor in playground/train/',
+            'write it anew' if ids is not None else 'put them back, or delete their rows')
+    notes.append(f'{csv.name}: {(table["Id"] != NEW_WHALE).sum()} images of ids and {(table["Id"] == NEW_WHALE).sum()} '
                  f'of {NEW_WHALE} join training; {listed.sum()} left out that have a label already')
     return table
 

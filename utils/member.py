@@ -77,8 +77,8 @@ class Member:
         state = checkpoint.load(file)
         if state['ids'] != ids:
             odd = [*sorted(set(state['ids']) ^ set(ids)), 'their order']
-            raise UserError(f'{file} was trained on other ids than {c.data_dir}/train.csv has ({len(odd) - 1} differ, such as '
-                            f'{odd[0]}): its answers would be wrong; use the data folder that it was trained on')
+            raise UserError(f'{file} was trained on other ids than {c.data_dir} has in train.csv and reviewed.csv ({len(odd) - 1}'
+                            f' differ, such as {odd[0]}): its answers would be wrong; use the data folder that it was trained on')
         self.c, self.file, self.name = c, file, f'{file.parent.name}/{file.stem}'
         self.train, self.ids, self.shared = train, ids, crops
         self.made, self.fold_images = state['constants'], state['fold_images']
@@ -195,13 +195,26 @@ class Member:
         print(f'{self.name}: validation MAP@5 ({len(rows)} images): classifiers {reached[0]:.3f}, gallery {reached[1]:.3f}, '
               f'gallery weight {self.weight:.2f}: {reached[2]:.3f}')
         table, self.test, first = on_disk(self.file.parent, (len(asked), len(names)), np.float32), self.crops_of(asked), 0
+        self.queries = on_disk(self.file.parent, (len(asked), *self.embeddings.shape[1:]), np.float16)
+        self.itself = pd.Index(self.images).get_indexer(asked['Image'])  # (Q,) in the gallery, if a person has named it; or -1
         with progress_bar(total=len(asked), desc=f'{self.name}: test', unit='img') as bar:
             for classifier, queries in predict_batches(self.net, self.test, np.arange(len(asked)), *self.settings):
                 table[first:first + len(queries)] = fuse(classifier, curve(self.gallery.scores(queries)), self.weight).cpu()
+                self.queries[first:first + len(queries)] = queries.cpu()
                 bar.update(len(queries))
                 first += len(queries)
         table[~self.test.readable(self.c.skip_bad_images) | asked['bad'].to_numpy(bool)] = -1
         return Scores(self.name, names, asked['Image'].tolist(), table, self.train['Image'].iloc[rows].tolist(), fused)
+
+    def likeness(self, rows):
+        """Of the test images `rows` (b,) and the gallery, in its order: (b, G); -2 where there is no crop to show beside it.
+
+        Those of enrolled photographs are not kept; and no photograph is compared with itself.
+        """
+        columns = self.gallery.columns.cpu().numpy()
+        hidden = torch.from_numpy(self.enrolled[columns] | (self.itself[rows, None] == columns)).to(self.c.device)  # (b, G)
+        queries = torch.from_numpy(self.queries[rows]).float().to(self.c.device)  # (b, 2, C)
+        return self.gallery.likeness(queries).masked_fill(hidden, -2)
 
     def _choose_weight(self, classifier, near, truth):
         """The gallery's weight that is best on validation. A small fold is noisy: one whose neighbours are good too."""

@@ -74,6 +74,17 @@ class Gallery:
         scores[:, self.ids] = (1 + best) / 2
         return scores
 
+    def nearest_of(self, ids, likeness):
+        """Of each query's `ids` (b, k) the image that is most like it: (b, k), its place among the G; -1: all are at -2."""
+        rank, start = self.ids.argsort()[ids], 0  # (b, k)
+        best, column = torch.full(ids.shape, -2.0, device=ids.device), torch.full_like(ids, -1)
+        for size in self.layers:
+            here = likeness.gather(1, start + rank.clamp(max=size - 1)).masked_fill(rank >= size, -2)  # (b, k)
+            column = torch.where(here > best, start + rank, column)
+            best = torch.maximum(best, here)
+            start += size
+        return torch.where(column < 0, column, self.columns[column])
+
 
 def fuse(classifier, gallery, gallery_weight):
     """Weighted mean of (Q, N) classifier and (Q, M) gallery scores, both in 0..1: (Q, M), M >= N.
