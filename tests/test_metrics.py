@@ -213,13 +213,14 @@ def test_a_small_label_space_has_fewer_answers(tmp_path):
     (['a', 'b', 'd'], [[0, 1, 2, 3, 4]] * 3, IDS, "not asked for: 'd'"),
     (['a', 'b', 'b'], [[0, 1, 2, 3, 4]] * 3, IDS, "more than one row for 'b'"),
     (['a', 'b', 'c'], [[0, 1, 2, 3, 0]] * 3, IDS, "same label twice for 'a' and 2 more"),
-    (['a', 'b', 'c'], [[0, 1, 2, 3]] * 3, IDS, 'must have 5 labels'),
+    (['a', 'b', 'c'], [[0, 1, 2, 3, 4]] + [[5, 5, 0, 1, 2]] * 2, IDS, "same label twice for 'b' and 1 more"),
+    (['a', 'b', 'c'], [[0, 1, 2, 3]] * 3, IDS, 'must have 5 labels a row, none of them with a space'),
     (['a', 'b', 'c'], [[0, 1, 2]] * 3, ['x y', 'z'], 'must have 3 labels a row, none of them with a space'),
 ])
 def test_a_wrong_submission_is_not_written(tmp_path, images, answers, ids, sentence):
     (tmp_path / 'sample.csv').write_text('Image,Id\na,\nb,\nc,\n')
     (tmp_path / 's.csv').write_text('the file from before')
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=f'^the submission .*{sentence}$'):
         write_submission(tmp_path / 's.csv', images, torch.tensor(answers), ids, tmp_path / 'sample.csv')
     assert (tmp_path / 's.csv').read_text() == 'the file from before'
 
@@ -241,6 +242,14 @@ def score_command(tmp_path, submission, labels='Image,Id\na.jpg,x\nb.jpg,new_wha
 def test_the_score_by_hand(tmp_path):
     score = score_command(tmp_path, GOOD)
     assert score == {'map5': 0.5, 'top1': 0, 'named_top1': 0.5, 'images': 3, 'named': 2}
+
+
+def test_names_that_look_like_numbers_or_gaps_are_names(tmp_path):
+    score = score_command(tmp_path, 'Image,Id\n007,01 NA\n07,NA 01\n7,1 01\n', labels='Image,Id\n07,NA\n007,01\n7,01\n')
+    assert score['top1'] == pytest.approx(2 / 3) and score['map5'] == pytest.approx(2.5 / 3)
+    (tmp_path / 'submission.csv').write_text('Image,Id\n1,2\n2,NA\n')
+    (tmp_path / 'labels.csv').write_text('Image,Id\n1,2\n2,NA\n')
+    assert score_submission(tmp_path / 'submission.csv', tmp_path / 'labels.csv')['top1'] == 1
 
 
 @pytest.mark.filterwarnings('error')

@@ -32,6 +32,14 @@ def test_flips_are_even_and_drawn_for_each_item():
     assert 0.1 < flips[:, ::4].std(1).mean()
 
 
+def test_images_of_an_id_are_counted_in_the_order_of_the_table():
+    """So that a batch is the same on any machine."""
+    labels = np.tile(table(), 5)
+    sampler = BatchSampler(labels, 24, NEW)
+    for number, first, count in zip(sampler.ids, sampler.first, sampler.counts):
+        assert sampler.rows[first:first + count].tolist() == np.flatnonzero(labels == number).tolist()
+
+
 def test_pairs_and_others_are_drawn_evenly_each_for_itself():
     labels = table()
     sampler = BatchSampler(labels, 24, NEW)

@@ -146,7 +146,7 @@ def test_playground_photographs_without_a_label(folder):
     frame = unlabelled_playground(load_tables(folder))  # p.jpg joined training, y.jpg is a test image
     assert frame['Image'].tolist() == ['n.jpg', 'q.jpg'] and frame.index.tolist() == [0, 1]
     assert frame['path'].tolist() == [str(folder / 'playground' / 'train' / name) for name in ('n.jpg', 'q.jpg')]
-    assert frame['y1'].tolist()[1] == 4 and frame['mask_path'].isna().all() and not frame['bad'].any()
+    assert frame['y1'].tolist()[1] == 4 and frame['mask_path'].isna().all() and frame['bad'].tolist() == [False, False]
     assert list(frame.columns) == ['Image', 'path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle', 'bad']
 
 
@@ -191,6 +191,7 @@ def test_photographs_listed_in_a_csv_beside_them(tmp_path):
     assert frame['Image'].tolist() == ['b.jpg', 'a.jpg'] and frame['Id'].tolist() == ['w_1', 'w_0']
     assert frame['path'].tolist() == [str(tmp_path / 'b.jpg'), str(tmp_path / 'a.jpg')] and frame.index.tolist() == [0, 1]
     assert frame['y1'].fillna(0).tolist() == [0, 4]
+    assert list(frame.columns) == ['Image', 'Id', 'path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle']
 
 
 @pytest.mark.parametrize('name, text, sentence', [
@@ -320,6 +321,7 @@ FIVE = 'line 2: a,w; line 3: a,w; line 4: a,w; line 5: a,w; line 6: a,w'
 
 @pytest.mark.parametrize('name, text, sentence', [
     ('train.csv', 'Image;Id\na;w\n', "has no column Image and Id but 'Image;Id': its first line must be Image,Id"),
+    ('train.csv', 'Image,Name\na,w\n', "has no column Id but 'Image,Name': its first line must be Image,Id"),
     ('train.csv', 'Image,Id\n\n', 'has no rows: it needs one line for each image'),
     ('train.csv', 'Image,Id\na,new_whale\n', 'names no id but new_whale: label some images with their ids'),
     ('train.csv', 'Image,Id\na,w\n\n,w\n', 'has rows without an image or an id (line 4: ,w): fill in (new_whale if unknown)'),
