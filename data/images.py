@@ -198,8 +198,7 @@ class Crops:
                                 'make room, or set cache_dir to a folder on another disk')
             with open(path, 'wb') as file:
                 try:
-                    if hasattr(os, 'posix_fallocate'):  # the room is taken now, before others fill the disk
-                        os.posix_fallocate(file.fileno(), 0, size)
+                    getattr(os, 'posix_fallocate', lambda *_: 0)(file.fileno(), 0, size)  # the room is ours from now on
                     file.truncate(size)
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, str(path)) from error

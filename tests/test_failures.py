@@ -218,7 +218,7 @@ def test_memory_that_ends_leaves_the_last_checkpoint(trained, work, monkeypatch,
     before = snapshot(work / 'results/r')
     with monkeypatch.context() as patch:
         at_loss(patch, 2, act)
-        assert_refused(trained.train(**LONG), "this machine's memory", 'lower batch_size')
+        assert_refused(trained.train(**LONG), 'out of memory', 'lower batch_size')
     after = snapshot(work / 'results/r')
     after['constants.txt'] = before['constants.txt']
     assert after == before

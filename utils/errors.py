@@ -9,8 +9,8 @@ import time
 REMEDIES = {
     errno.ENOSPC: 'make room on that disk', errno.EDQUOT: 'your quota is used up, make room',
     errno.EFBIG: 'that disk, or `ulimit -f`, allows no larger file', errno.EIO: 'is that disk full, or failing?',
-    errno.ENOENT: 'put it back', **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), 'give yourself the right to it, or '
-                                                                                             'choose another place')}
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), 'give yourself the right to it, or choose another place'),
+    errno.ENOENT: 'put it back'}
 
 
 class UserError(Exception):
@@ -25,10 +25,8 @@ def explain(error):
     text, kind = str(error), type(error).__name__
     if isinstance(error, UserError):
         return text
-    if kind == 'OutOfMemoryError':  # torch's, which is not imported for this alone
-        return "out of memory: lower batch_size, height and width, or set cache = 'memory'"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "this machine's memory is used up: lower batch_size, height and width, or set cache = 'disk'"
+    if kind == 'OutOfMemoryError' or isinstance(error, MemoryError) or "can't allocate memory" in text:  # the first is torch's
+        return "out of memory: lower batch_size, height and width, or set cache = 'disk'"
     if isinstance(error, OSError) and error.errno:
         return (f'{error.filename or "a file or pipe"}: {error.strerror}: {REMEDIES.get(error.errno, "look at it")}; what was '
                 'saved is there, and the same command goes on')

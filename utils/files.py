@@ -32,11 +32,10 @@ def write_whole(path, write):
     except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):  # numpy's has no number
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
-        if 'PytorchStreamWriter' in str(error) or 'unexpected pos' in str(error):  # torch's way to say so
-            raise OSError(errno.EIO, 'not written whole', str(path)) from error
-        raise
+        if not isinstance(error, OSError) and 'unexpected pos' not in str(error) and 'StreamWriter' not in str(error):
+            raise
+        why = getattr(error, 'errno', None) or errno.EIO  # torch and numpy hide it
+        raise OSError(why, os.strerror(why), str(path)) from error
 
 
 def sha256(path):
@@ -71,7 +70,7 @@ def held(folder):
 def sweep(folder):
     """Remove the files that killed processes left half-written."""
     for part in Path(folder).glob(f'{PART}*'):
-        with open(part, 'rb') as file:
+        with suppress(OSError), open(part, 'rb') as file:
             if _locked(file):
                 part.unlink()
 
@@ -80,10 +79,8 @@ def _locked(file):
     """Whether the file is this process's now, until it is closed; always so on a disk that knows no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 
