@@ -35,7 +35,7 @@ from utils.member import Member, saved_scores
 from utils.metrics import score_submission
 from utils.steps import plan
 
-pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:PIL')
+pytestmark = [pytest.mark.filterwarnings('ignore::UserWarning:PIL'), pytest.mark.filterwarnings('ignore::UserWarning:torch')]
 MEMORY = 2 ** 30  # that the process may grow by, all cases together
 
 
