@@ -109,9 +109,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained, drawn, work):
 
 @pytest.mark.skipif(not SOAK, reason='mounts a disk of a megabyte')
 def test_a_disk_that_is_really_full(scripts, drawn, work):
-    results, settings = work / 'results', dict(SETTINGS, max_iters=30, eval_every=1, data_dir=drawn)
+    results, settings = work / 'results', dict(SETTINGS, max_iters=12, eval_every=1, data_dir=drawn)
     results.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'none', results]).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1300k', 'none', results]).returncode:
         pytest.skip('no right to mount')
     try:
         full = forks.finish(forks.start(work, settings), work)
