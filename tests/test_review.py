@@ -31,7 +31,7 @@ def page_data(queries, **changes):
                 reviewed=[], queries=rows, stamp=7) | changes
 
 
-FEW = page_data([('a.jpg', False, 0.9), ('b.jpg', True, 0.25), (EVIL_FILE, False, 0.5), ('d.jpg', False, 0.6),
+FEW = page_data([('a.jpg', False, 1.0), ('b.jpg', True, 0.25), (EVIL_FILE, False, 0.5), ('d.jpg', False, 0.6),
                  ('e.jpg', True, -1)])
 
 
