@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,13 +272,19 @@ def test_a_process_that_dies_ends_the_others(scripts, drawn, work, dies):
     assert scripts.train(**settings).code == 0
 
 
-def test_of_several_processes_one_speaks(work, drawn):
-    """torchrun ends the others when one has ended, as here."""
-    first, second = start_two(work, dict(SETTINGS, lr=3, data_dir=drawn), {}, {})
-    assert_refused(forks.finish(first, work), 'lr', 'between 0 and 1')
-    second.terminate()
-    ended = forks.finish(second, work)
-    assert ended.code and 'error' not in ended.err
+def join_and_end(rank, ended):
+    """torchrun ends the other processes when one has ended: in the time that the second one leaves for it, or not at all."""
+    join(rank, 1)
+    time.sleep = lambda seconds: ended and os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize('rank, ended, code', [(0, True, 2), (1, True, -signal.SIGTERM), (1, False, 2)])
+def test_of_several_processes_one_speaks(work, drawn, rank, ended, code):
+    settings = dict(SETTINGS, lr=3, data_dir=drawn)
+    found = forks.finish(forks.start(work, settings, prepare=functools.partial(join_and_end, rank, ended)), work)
+    if code == 2:
+        assert_refused(found, 'lr', 'between 0 and 1')
+    assert found.code == code and ('error' in found.err) == (code == 2)
 
 
 @pytest.mark.skipif(not SOAK, reason='starts torchrun')
