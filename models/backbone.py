@@ -244,7 +244,7 @@ def _weights_file(name, weights_dir):
             write_whole(weights_dir / files[0], lambda path: _download(url, path, _hash_of(files[0])))
             return weights_dir / files[0]
         except (OSError, ValueError, HTTPException) as error:
-            causes.append(f'{url}: {error}')
+            causes.append(f'{url}: {error.__cause__ or error}')  # write_whole names the file, its cause the reason
     raise UserError(f'no mirror gave the ImageNet weights of {name} ({"; ".join(causes)}): download {files[0]} by hand '
                     f'into {weights_dir}/, or set pretrained = False to train from random weights')
 
