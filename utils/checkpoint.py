@@ -14,8 +14,8 @@ ADDED = dict(pooling='mean', strips='down', w_arcface=0.0, ema=0.0)  # constants
 # What a checkpoint holds, by type; a list is a list of such.
 CONTENT = dict(
     model=dict, raw=(dict, type(None)), optimizer=dict(state=dict, param_groups=[dict]), sums=torch.Tensor, ids=[str],
-    fold_images=[str], iteration=int, step=int, first=int, finished=bool, best=float, since_best=int, kept=[tuple], threshold=float, rows=[tuple],
-    start=(int, str), elapsed=float, mark=float, log=[str], evaluations=[dict], constants=dict(
+    fold_images=[str], iteration=int, step=int, first=int, finished=bool, best=float, since_best=int, kept=[tuple],
+    threshold=float, rows=[tuple], start=(int, str), elapsed=float, mark=float, log=[str], evaluations=[dict], constants=dict(
         model_name=str, height=int, width=int, flip_is_new_id=bool, fold=int, seed=int, pretrained=bool, stages=str,
         pooling=str, strips=str, w_arcface=float, w_local=float, ema=float))
 KEEP = 3  # the best evaluations of a step also stay under their iteration
