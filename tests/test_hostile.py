@@ -622,3 +622,13 @@ def test_ids_in_another_order_are_refused(settled, work):
     torch.save(dict(state, ids=state['ids'][::-1]), work / 'results/r/other.pth')
     with pytest.raises(UserError, match='other ids .*their order'):
         settled.member(work / 'results/r/other.pth')
+
+
+@pytest.mark.parametrize('change', [dict(iteration=-1), dict(elapsed=float('nan')), dict(raw=torch.zeros(2)), dict(kept=[(1.0,)]),
+                                    dict(sums='x'), dict(optimizer={}), dict(constants={'height': 32}), dict(ids=[1])], ids=str)
+def test_a_training_does_not_go_on_from_contents_that_no_training_writes(settled, work, change):
+    path = work / 'results/r/last.pth'
+    torch.save({**torch.load(path, weights_only=True), 'finished': False, **change}, path)
+    before = path.read_bytes()
+    assert_refused(settled.scripts.train(max_iters=4, eval_every=2), 'last.pth', 'no checkpoint of train.py')
+    assert path.read_bytes() == before

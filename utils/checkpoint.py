@@ -1,4 +1,5 @@
 """One file a checkpoint, written whole; which ones a run keeps; where a training starts or goes on."""
+import math
 import os
 import shutil
 import zipfile
@@ -12,9 +13,9 @@ from utils.files import write_whole
 ADDED = dict(pooling='mean', strips='down', w_arcface=0.0, ema=0.0)  # constants that older checkpoints lack
 # What a checkpoint holds, by type; a list is a list of such.
 CONTENT = dict(
-    model=dict, optimizer=dict(state=dict, param_groups=[dict]), sums=torch.Tensor, ids=[str], fold_images=[str], iteration=int,
-    step=int, first=int, finished=bool, best=float, since_best=int, kept=[tuple], threshold=float, rows=[tuple],
-    start=(int, str), elapsed=float, mark=float, log=[str], evaluations=[dict], constants=dict(
+    model=dict, raw=(dict, type(None)), optimizer=dict(state=dict, param_groups=[dict]), sums=torch.Tensor, ids=[str],
+    fold_images=[str], iteration=int, step=int, first=int, finished=bool, best=float, since_best=int, kept=[tuple],
+    threshold=float, rows=[tuple], start=(int, str), elapsed=float, mark=float, log=[str], evaluations=[dict], constants=dict(
         model_name=str, height=int, width=int, flip_is_new_id=bool, fold=int, seed=int, pretrained=bool, stages=str,
         pooling=str, strips=str, w_arcface=float, w_local=float, ema=float))
 KEEP = 3  # the best evaluations of a step also stay under their iteration
@@ -40,11 +41,13 @@ def read(path, device='cpu'):
 
 
 def _is(found, kind):
-    """Whether a value is of a type, or a list or dict as `kind` draws it."""
+    """Whether a value is of a type, or a list or dict as `kind` draws it; no count is negative, no number infinite."""
     if isinstance(kind, dict):
         return isinstance(found, dict) and all(_is(found.get(name), inner) for name, inner in kind.items())
     if isinstance(kind, list):
-        return isinstance(found, list) and all(isinstance(one, kind[0]) for one in found)
+        return isinstance(found, list) and all(_is(one, kind[0]) for one in found)
+    if isinstance(found, int) and found < 0 or isinstance(found, float) and not math.isfinite(found):
+        return False
     return isinstance(found, kind)
 
 
@@ -59,7 +62,8 @@ def load(path, device='cpu'):
                         'delete it or name another with checkPoint_start') from error
     if _is(state, dict(constants=dict)):
         state = {'raw': None, **state, 'constants': {**ADDED, **state['constants']}}
-    if not _is(state, CONTENT) or not all(32 <= state['constants'][side] <= 10_000 for side in ('height', 'width')):
+    if not _is(state, CONTENT) or not all(32 <= state['constants'][side] <= 10_000 for side in ('height', 'width')) or \
+            any(len(pair) != 2 for pair in state['kept']):
         raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')
     return state
 
