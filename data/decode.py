@@ -49,7 +49,7 @@ def read_image(path, as_mask=False, thumbnail=False):
                 return image
             raise BadImage(path, 'its pixels do not decode')
         return _read_slowly(header)
-    except UserError:
+    except (UserError, MemoryError):  # the second says nothing of the file
         raise
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise BadImage(path, _reason(error)) from error

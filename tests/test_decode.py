@@ -238,3 +238,12 @@ def test_check_names_at_most_ten(tmp_path, picture):
     with pytest.raises(UserError, match=r'14 image files .*09.jpg \(the file is empty\) \.\.\.') as caught:
         check_images(load_tables(tmp_path))
     assert '10.jpg' not in str(caught.value)
+
+
+def test_memory_that_ends_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+    cv2.imwrite(str(tmp_path / 'a.jpg'), np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(cv2, 'imdecode', no_memory)
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / 'a.jpg')

@@ -305,3 +305,10 @@ def test_torchrun_ends_when_a_process_dies(drawn, work):
     assert ended.returncode
     assert [line for line in ended.stderr.splitlines() if line.startswith('error: another process')]
     assert checkpoint.load(work / 'results/r/last.pth')['iteration'] == 2
+
+
+def test_test_py_says_that_the_disk_is_full_before_it_writes_scores(trained, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'posix_fallocate', full)  # crops are there from the training
+    assert_refused(trained.answer(cache='none'), 'No space left', 'make room')

@@ -1,5 +1,6 @@
 """One trained network as it answers: scores of validation and test images, with those of its gallery mixed in."""
 import hashlib
+import os
 import tempfile
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ SCORES = dict(ids=('U', 'n'), images=('U', 'q'), scores=('f', 'qn'), valid_image
 def on_disk(folder, shape, dtype):
     """An array in a nameless file: a score for each image and id may be more than memory holds."""
     with tempfile.TemporaryFile(dir=folder) as file:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size and hasattr(os, 'posix_fallocate'):  # the room is taken now: a disk that is full later ends it without a word
+            os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, dtype, 'w+', shape=shape)
 
 
