@@ -70,8 +70,9 @@ def download(archive):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         while chunk := os.read(process.stdout.fileno(), 4096).decode(errors='replace'):  # type: ignore[union-attr]
             said = (said + chunk)[-4000:]
-            if '\r' in chunk:  # a bar that is drawn anew
-                print(chunk, end='', file=sys.stderr, flush=True)
+            bar = chunk.rpartition('\r')[0]  # it is drawn anew after each; what comes last may be words
+            if bar:
+                print(bar, end='\r', file=sys.stderr, flush=True)
     if process.returncode or not archive.is_file():
         said = ' '.join(said.split('\r')[-1].split())
         known = [reason for words, reason in REASONS.items() if words in said.lower()]

@@ -65,8 +65,8 @@ def test_columns_labels_and_order(folder):
     assert tables.test['Image'].tolist() == ['z.jpg', 'y.jpg']
     assert list(tables.test.columns) == ['Image', *common]
     assert tables.notes == [
-        'playground/train.csv: absent, no playground images', 'bboxes.csv: absent, each box is the whole image',
-        'masks/ and masks.csv: absent, each mask is zeros', 'duplicate_ids.csv: absent, each id is a whale of its own']
+        'playground/train.csv: absent, no playground images', 'reviewed.csv: absent, no reviewed images',
+        'bboxes.csv: absent, each box is the whole image', 'masks/ and masks.csv: absent, each mask is zeros', 'duplicate_ids.csv: absent, each id is a whale of its own']
     assert load_tables(folder, flip_is_new_id=False).train['label'].tolist() == [3, 4, 2, 3, 0, 1]
 
 
@@ -166,7 +166,7 @@ def test_pseudo_labels_join_from_test_and_playground(folder):
     assert (joined['source'] == 'pseudo').all() and joined['label'].tolist() == [3, 8, 0]
     assert joined['Image'].tolist() == ['z.jpg', 'p.jpg', 'y.jpg']
     assert joined['path'].tolist() == [str(folder / path) for path in ('test/z.jpg', 'playground/train/p.jpg', 'test/y.jpg')]
-    assert tables.notes[1] == ('pseudo_labels.csv: 2 images of ids and 1 of new_whale join training; '
+    assert tables.notes[2] == ('pseudo_labels.csv: 2 images of ids and 1 of new_whale join training; '
                                '3 left out that have a label already')
 
 
@@ -195,7 +195,7 @@ def test_photographs_listed_in_a_csv_beside_them(tmp_path):
 
 
 @pytest.mark.parametrize('name, text, sentence', [
-    ('a b/a.jpg', '', 'has ids with a space in them (*a b/a.jpg,*): write _ in its place'),
+    ('a b/a.jpg', '', 'has ids with a space in them (*a b/a.jpg,*): write _ in its place*'),
     ('new_whale/a.jpg', '', 'has photographs of new_whale (*new_whale/a.jpg,*): give each animal a name'),
     ('a.jpg', '', 'holds no folders with photographs: make one for each id, named as the id'),
     ('animals.csv', 'Image,Id\na.jpg,new_whale\n', 'has photographs of new_whale (line 2: a.jpg,new_whale,*): give each *'),
@@ -227,7 +227,7 @@ def test_the_sample_submission_needs_no_ids(folder):
     (folder / 'sample_submission.csv').write_text('Image\ny.jpg\n')
     tables = load_tables(folder)
     assert tables.test['Image'].tolist() == ['y.jpg'] and tables.test['path'].tolist() == [str(folder / 'test/y.jpg')]
-    assert 'test/: 1 files, z.jpg the first, are not in sample_submission.csv' in tables.notes
+    assert "test/: 1 files, 'z.jpg' the first, are not in sample_submission.csv" in tables.notes
 
 
 def test_byte_order_mark_is_no_part_of_a_name(folder):
@@ -239,7 +239,7 @@ def test_files_that_no_row_lists_are_noted(folder):
     (folder / 'train' / 'extra.jpg').touch()
     (folder / 'train' / '.DS_Store').touch()
     (folder / 'train' / 'other.jpg').touch()
-    assert load_tables(folder).notes[0] == 'train/: 2 files, extra.jpg the first, are not in train.csv'
+    assert load_tables(folder).notes[0] == "train/: 2 files, 'extra.jpg' the first, are not in train.csv"
 
 
 def test_missing_files_are_counted_and_named(folder):
@@ -333,7 +333,7 @@ FIVE = 'line 2: a,w; line 3: a,w; line 4: a,w; line 5: a,w; line 6: a,w'
     ('train.csv', 'Image,Id\n' + 5 * 'a,w\n', f'lists an image more than once ({FIVE}): keep one row for each'),
     ('train.csv', 'Image,Id\n' + 6 * 'a,w\n', f'lists an image more than once ({FIVE}; ...): keep one row for each'),
     ('bboxes.csv', 'Image,x0,y0,x1,y1\na,0,0,9,9\nb,0,0,9,no\nc,0,9,9,9\n',
-     'has boxes without x0 < x1 and y0 < y1 (line 3: b,0,0,9,no; line 4: c,0,9,9,9): mend or delete them'),
+     'has boxes without x0 < x1 and y0 < y1 in pixels (line 3: b,0,0,9,no; line 4: c,0,9,9,9): mend or delete them'),
     ('masks.csv', 'id,rle_mask\na,1 2\nb,1 2 3\n', 'has masks that are not pairs of numbers (line 3: b,1 2 3): '
                                                    'write start length ...'),
     ('pseudo_labels.csv', 'Image,Id\nz.jpg,w_b\ny.jpg,w_z\n', 'has ids that train.csv has not (line 3: y.jpg,w_z*): '
