@@ -66,7 +66,8 @@ def test_columns_labels_and_order(folder):
     assert list(tables.test.columns) == ['Image', *common]
     assert tables.notes == [
         'playground/train.csv: absent, no playground images', 'reviewed.csv: absent, no reviewed images',
-        'bboxes.csv: absent, each box is the whole image', 'masks/ and masks.csv: absent, each mask is zeros', 'duplicate_ids.csv: absent, each id is a whale of its own']
+        'bboxes.csv: absent, each box is the whole image', 'masks/ and masks.csv: absent, each mask is zeros',
+        'duplicate_ids.csv: absent, each id is a whale of its own']
     assert load_tables(folder, flip_is_new_id=False).train['label'].tolist() == [3, 4, 2, 3, 0, 1]
 
 
