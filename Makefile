@@ -1,7 +1,7 @@
 # make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
 # make data: fetch Kaggle's photographs with the `kaggle` client, or say what that needs
 # make test: style, types and tests
-# make soak: the long forms of the tests that kill, starve and feed rubbish (about half an hour)
+# make soak: the long forms of the tests that kill, starve and feed rubbish (about seven minutes)
 # make mutants: break four modules in every way that mutmut knows, and see whether the tests notice (half an hour)
 # Each installs what it needs into .venv once.
 PYTHON ?= python3
