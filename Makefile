@@ -1,4 +1,4 @@
-# make demo: draw a small data set, train on it, answer and score its test photographs (about 6 minutes on two CPU cores)
+# make demo: draw a small data set, train on it, answer and score its test photographs (about 5 minutes on two CPU cores)
 # make data: fetch Kaggle's photographs with the `kaggle` client, or say what that needs
 # make test: style, types and tests
 # make soak: the long forms of the tests that kill, starve and feed rubbish (about seven minutes)
