@@ -28,7 +28,7 @@ from models.whale_net import whale_net
 from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule, write_constants
 from utils.device import amp_dtype, choose_device, compile_network
-from utils.errors import UserError, exit_clearly
+from utils.errors import UserError, exit_clearly, raise_if_machines
 from utils.figures import plot_batch, plot_curves
 from utils.files import held, write_whole
 from utils.interrupt import Interrupt
@@ -216,8 +216,6 @@ def train_step(c, step, data, folder, state, clock):
             averaged.n_averaged.fill_(state['iteration'])
     why_not = compile_network(net, c.compile, c.device)
     model = DistributedDataParallel(net) if ranks.world() > 1 else net  # the same weights; it averages the gradients
-    if state['model']:
-        optimizer.load_state_dict(state['optimizer'])
     if ranks.rank() == 0:
         write_constants(c, folder / 'constants.txt')  # the first thing written: all that can be refused has been by now
     rows = data.rows[step['min_num_class']]
@@ -226,7 +224,15 @@ def train_step(c, step, data, folder, state, clock):
     strength = c.strength if c.pretrained else c.strength_scratch
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
     margins = arcface_margins(data.class_sizes(rows)).to(c.device)  # (classes,)
-    sums = torch.zeros(len(MEASURED) + 1, device=c.device) if state['sums'] is None else state['sums'].to(c.device)
+    sums = torch.zeros(len(MEASURED) + 1, device=c.device)
+    if state['model']:
+        try:
+            optimizer.load_state_dict(state['optimizer'])
+            sums += state['sums'].to(c.device)
+        except Exception as error:  # torch raises many kinds for what is no state of this optimizer
+            raise_if_machines(error)
+            raise UserError(f'{folder}/last.pth is not the state of this training ({error}): delete it, or choose another '
+                            'run') from error
     bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
     if not state['iteration']:
         state['mark'] = clock.elapsed()

@@ -17,13 +17,15 @@ import numpy as np
 import pandas as pd
 
 from data.decode import find_bad_images
-from data.tables import BOX, NEW_WHALE, _refuse, add_boxes, list_photographs, read_csv
+from data.tables import BOX, NEW_WHALE, _refuse, _refuse_names, add_boxes, list_photographs, read_csv
 from utils.errors import UserError, exit_clearly
 
 COLUMNS = {  # the names that are looked for in a CSV, the first one first: letters only, in lower case
     'file': 'image file filename filepath imagepath path imagename photo photograph picture'.split(),
     'individual': 'individual individualid identity animal animalid whale whaleid id'.split(),
     'encounter': 'encounter encounterid sighting sightingid occurrence occurrenceid date'.split()}
+
+SMALL = '--pretrained false --model_name seresnext14 --height 64 --width 128 --max_minutes 60'
 
 
 def read_source(source, folder, given):
@@ -47,6 +49,7 @@ def read_source(source, folder, given):
     if 'date' in column['encounter'].lower():  # an animal's day is an encounter, whatever the hour
         day = encounter.str.replace(r'[T ]\d+:\d\d.*', '', regex=True)
         encounter = (name + ' ' + day).where(day != '', '')
+    image = image.str.replace('\\', '/')
     path = image.map(lambda name: str(folder / name))
     table = table.assign(Image=image, Id=name, path=path, encounter=encounter)[['Image', 'Id', 'path', 'encounter']]
     _refuse(source, table, ~path.map(os.path.isfile), f'lists what is not in {folder}', 'name its folder with --photographs')
@@ -62,12 +65,14 @@ def rename(table, source):
     _refuse(source, names, names['new'].duplicated(keep=False), 'has ids that are the same with _ for a space', 'rename one')
     spaced = names[names['old'] != names['new']]
     if len(spaced):
-        print(f'{len(spaced)} ids have spaces, for which _ is written: {spaced["old"].iloc[0]!r} is {spaced["new"].iloc[0]!r}')
+        print(f'{len(spaced)} ids contain spaces, which become _: {spaced["old"].iloc[0]!r} is now {spaced["new"].iloc[0]!r}')
     bare = table['Image'].str.replace(r'.*[/\\]', '', regex=True)
     shared = bare.str.lower().duplicated(keep=False)  # on some disks A.jpg and a.jpg are one file
     bare = bare.mask(shared, table['Image'].str.lstrip('./\\').str.replace(r'[/\\]+', '__', regex=True))
     _refuse(source, table, bare.str.lower().duplicated(keep=False), 'has photographs of one name', 'rename them')
-    return table.assign(Id=new, Image=bare).sort_values('Image')
+    table = table.assign(Id=new, Image=bare)
+    _refuse_names(source, table[['Image', 'Id']])
+    return table.sort_values('Image')
 
 
 def split(table, test_share, new_share, seed):
@@ -142,11 +147,14 @@ def adopt(source, to, photographs, test_share, new_share, seed, **columns):
     except OSError as error:
         raise UserError(f'{to} cannot be written ({error.strerror}); nothing is left of it') from error
     new = table['test'][table['Id'] == NEW_WHALE]
+    # the first stage takes ids with ten photographs outside validation; where none has, it takes all
+    schedule = '' if (count > 10).sum() > 1 else ' --schedule "[(0, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)]"'
     print(f'{to}: {len(table)} photographs; {len(bad)} more could not be read\n'
           f'  train: {count.sum()} of {len(count)} ids, and {(~new).sum()} of {NEW_WHALE}\n'
-          f'  test: {table["test"].sum() - new.sum()} of ids in training, and {new.sum()} of {NEW_WHALE}, among them the '
-          f'{len(held)} ids held out ({" ".join(held[:3])}{" ..." if len(held) > 3 else ""})\n'
-          f'next:\n  python train.py --data_dir {to} --run {to.name} --stages all\n'
+          f'  test: {table["test"].sum() - new.sum()} of ids in training, and {new.sum()} of {NEW_WHALE}, with '
+          f'{len(held)} held out ({" ".join(held[:3])}{" ..." if len(held) > 3 else ""})\n'
+          f'next:\n  python train.py --data_dir {to} --run {to.name} --stages all{schedule}\n'
+          f'    (without a GPU: {SMALL})\n'
           f'  python test.py --data_dir {to} --run {to.name}\n'
           f'  python -m utils.metrics results/{to.name}/submission.csv {to}/test_labels.csv')
 

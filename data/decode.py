@@ -52,6 +52,8 @@ def read_image(path, as_mask=False, thumbnail=False):
     except (UserError, MemoryError):  # the second says nothing of the file
         raise
     except Exception as error:  # decoders raise whatever a broken file leads them to
+        if isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem:
+            raise MemoryError from error
         raise BadImage(path, _reason(error)) from error
 
 
@@ -69,6 +71,8 @@ def _read_header(path, file):
     """The Pillow image of an open file, its pixels not yet decoded. Raises BadImage."""
     try:
         header = Image.open(file, formats=FORMATS)
+    except MemoryError:
+        raise
     except Exception as error:
         empty = file.seek(0, os.SEEK_END) == 0
         raise BadImage(path, 'the file is empty' if empty else _reason(error)) from error

@@ -99,11 +99,9 @@ class Crops:
         if self.cache == 'device' and 'cuda' in device and self.bytes > torch.cuda.mem_get_info(device)[0]:
             raise UserError(f"the {self.bytes / 1e9:.1f} GB of crops do not fit on {device}: set cache = 'memory' or 'disk'")
         folder.mkdir(parents=True, exist_ok=True)
-        self.pixels, new_pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
-        self.masks, new_masks = self._open(folder / 'masks.u8', (self.count, self.height, self.width // 8))
-        done, _ = self._open(folder / 'done.u8', (self.count,))
-        if new_pixels or new_masks:  # one of the files was deleted or cut off
-            done[:] = 0
+        self.pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
+        self.masks = self._open(folder / 'masks.u8', (self.count, self.height, self.width // 8))
+        done = self._open(folder / 'done.u8', (self.count,))
         todo = np.flatnonzero(done == 0)
         if len(todo):
             self._build(todo, done)
@@ -158,7 +156,10 @@ class Crops:
                     packed[:] = np.packbits(mask, axis=-1)
                 return None
         except (UserError, cv2.error) as caught:
-            os.stat(self.files[0][row])  # one that is gone ends the training, since the others may be gone too
+            if isinstance(caught, cv2.error) and caught.code == cv2.Error.StsNoMem:
+                raise MemoryError from caught
+            for file in filter(None, (self.files[0][row], self.files[1][row])):
+                os.stat(file)  # one that is gone ends the training, since the others may be gone too
             error = str(caught) if isinstance(caught, UserError) else f'{self.files[0][row]} ({" ".join(str(caught).split())})'
         crop[:] = 0
         return error
@@ -188,21 +189,21 @@ class Crops:
 
     @staticmethod
     def _open(path, shape):
-        """The file as an array, and whether it had to be made anew (of zeros)."""
+        """The file as an array; one that is not there, or was cut off, is made anew of zeros, and then nothing is done yet."""
         size = int(np.prod(shape))
-        new = not path.exists() or path.stat().st_size != size
-        if new:
+        if not path.exists() or path.stat().st_size != size:
+            path.with_name('done.u8').unlink(missing_ok=True)  # first: killed in between, nothing black counts as done
             free = shutil.disk_usage(path.parent).free
             if size > free:  # a full disk would end a write to mapped memory with a bus error
                 raise UserError(f'{path.parent} needs {size / 1e9:.1f} GB for decoded crops and {free / 1e9:.1f} GB are free; '
                                 'make room, or set cache_dir to a folder on another disk')
-            with open(path, 'wb') as file:
+            with open(path, 'ab') as file:  # another training may have it by now: it is not emptied
                 try:
                     getattr(os, 'posix_fallocate', lambda *_: 0)(file.fileno(), 0, size)  # the room is ours from now on
                     file.truncate(size)
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, str(path)) from error
-        return np.memmap(path, np.uint8, 'r+', shape=shape), new
+        return np.memmap(path, np.uint8, 'r+', shape=shape)
 
     def _key(self, frame):
         columns = ['path', 'x0', 'y0', 'x1', 'y1', 'mask_path', 'mask_rle'] + ['bad'] * ('bad' in frame)

@@ -98,8 +98,9 @@ def main(argv, parts=PARTS):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data_dir', type=Path, default='data', help='where it goes (default: %(default)s)')
     folder = parser.parse_args(argv).data_dir
-    done = f'now, {folder / NAME}.zip can go' if fetch(folder, parts) else 'already'
-    print(f'{folder} holds the data ({done}): {parts["train"]} training and {parts["test"]} test photographs')
+    fetched = fetch(folder, parts)
+    print(f'{folder} is complete: {parts["train"]:,} training and {parts["test"]:,} test photographs'
+          + (f'; {folder / NAME}.zip is no longer needed' if fetched else ''))
 
 
 if __name__ == '__main__':

@@ -194,7 +194,7 @@ def read_labels(path, columns=('Image', 'Id'), undecided=False):
     With `undecided` an id may be blank, and its row is left out.
     """
     table = read_csv(path, columns)
-    if table.empty:
+    if table.empty and not undecided:
         raise UserError(f'{path} has no rows: it needs one line for each image')
     if undecided:
         table = table[table['Id'].str.strip() != '']

@@ -45,13 +45,24 @@ class TrainingSet:
             self.notes.append(f'{seen.sum()} images left out of training that show a photograph of the fold: {names}')
 
     def _twins_of(self, fold):
-        """Which rows outside the fold (n,) bool show a photograph of it: (n,) bool."""
-        file = self.crops.folder / 'fingerprints.npy'  # the folder is named by what is in the photographs
-        marks = np.load(file) if file.exists() else fingerprints(self.train['path'])
-        if file.parent.exists() and not file.exists():
+        """Which rows outside the fold (n,) bool show a photograph of it: (n,) bool; notes test images that are in training."""
+        marks = self._fingerprints('fingerprints.npy', self.train['path'])  # (n, 1024)
+        asked = self.tables.test[~self.tables.test['Image'].isin(self.train['Image'])]  # not those named since
+        copies = asked['Image'][twins(marks, self._fingerprints('fingerprints_test.npy', asked['path'])) >= 0]
+        if len(copies):
+            self.tables.notes.append(f'{len(copies)} test images show a photograph of train.csv: {", ".join(copies.head(5))}')
+        return (twins(marks[fold], marks) >= 0) & ~fold
+
+    def _fingerprints(self, name, paths):
+        """Of the photographs, kept beside the crops, whose folder is named by what is in them: (n, 1024)."""
+        file = self.crops.folder / name
+        if file.exists() and len(marks := np.load(file)) == len(paths):
+            return marks
+        marks = fingerprints(paths)
+        if file.parent.exists():
             sweep(file.parent)
             write_whole(file, lambda path: np.save(path, marks))
-        return (twins(marks[fold], marks) >= 0) & ~fold
+        return marks
 
     def class_sizes(self, rows):
         """Images of each class among `rows` (n,) bool, an id's mirror image having as many as the id: (classes,)."""

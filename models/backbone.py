@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, raise_if_machines
 from utils.files import sha256, write_whole
 
 # block, blocks in layer1..4, and what sets SENet154 apart from the SE-ResNets and SE-ResNeXts (arXiv:1709.01507).
@@ -207,6 +207,7 @@ def load_imagenet(backbone, model_name, weights_dir='weights'):
         try:
             state = torch.load(file, map_location='cpu', weights_only=True)
         except Exception as error:  # torch raises many kinds
+            raise_if_machines(error)
             raise UserError(f'{file} holds no weights ({type(error).__name__}): delete it and run again') from error
     fill(backbone, state, name)
 

@@ -70,7 +70,7 @@ def test_a_folder_of_folders_becomes_a_data_set_that_can_be_trained_and_scored(a
     assert len(tables.test) == len(test) and validation_fold(tables.train, 0).any()
     score = score_submission(made / 'sample_submission.csv', made / 'test_labels.csv')
     assert score['images'] == len(test) and score['top1'] == pytest.approx((test == 'new_whale').mean())
-    assert f'{total} photographs' in result.out and "1 ids have spaces" in result.out and "'w 2' is 'w_2'" in result.out
+    assert f'{total} photographs' in result.out and "1 ids contain spaces" in result.out and "'w 2' is now 'w_2'" in result.out
     for command in (f'train.py --data_dir {made} --run mine', f'test.py --data_dir {made} --run mine',
                     f'utils.metrics results/mine/submission.csv {made}/test_labels.csv'):
         assert command in result.out

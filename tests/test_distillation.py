@@ -25,11 +25,13 @@ def test_pseudo_labels_are_learned_from_but_never_what_validates(trained, photos
     learned = trained.train(run='distilled', data_dir=photos, pseudo_label_weight=0.5, max_iters=30)
     assert learned.code == 0
     assert '1 images left out of training that show a photograph of the fold: t02.jpg' in learned.out
+    assert 'test images show' not in learned.out  # each is in training under its own name
     seen = set(spy.data.train['Image'].iloc[spy.rows])
     assert 't02.jpg' not in seen and len(seen & set(table['Image'])) >= 9  # in 30 batches most have their turn
     assert fold_images('distilled') == fold_images('r')
     weight = spy.data.weight[torch.tensor((spy.data.train['source'] == 'pseudo').tolist())]
     assert (weight == 0.5).all() and len(weight) == 12 and spy.data.weight.sum() == 6 + len(spy.data.train) - 12
+    assert '1 test images show a photograph of train.csv: t02.jpg' in trained.train(run='plain', data_dir=photos, max_iters=1).out
 
 
 def test_pseudo_labels_of_the_playground(trained, photos):

@@ -18,6 +18,7 @@ from tests.conftest import (
     snapshot,
     write_frame,
 )
+from utils.member import Member
 
 
 @pytest.fixture
@@ -124,3 +125,21 @@ def test_a_gallery_of_other_weights_is_made_anew_unless_it_holds_enrolled_animal
     trained.answer(enrol=season, checkPoint_start='last')
     trained.train(max_iters=8, eval_every=2, lr=2e-4, checkPoint_start='last')
     assert_refused(trained.answer(checkPoint_start='last'), 'other weights', 'enrol')
+
+
+def test_of_two_that_enrol_at_once_the_second_is_refused_and_loses_nothing(trained, drawn, tmp_path, monkeypatch):
+    for name in ('a', 'b'):
+        (tmp_path / name / f'new_{name}').mkdir(parents=True)
+        shutil.copy(drawn / f'test/t0{"ab".index(name)}.jpg', tmp_path / name / f'new_{name}')
+    real = Member.enrol
+
+    def meanwhile(self, frame):
+        monkeypatch.setattr(Member, 'enrol', real)
+        assert trained.answer(enrol=tmp_path / 'a').code == 0
+        return real(self, frame)
+
+    monkeypatch.setattr(Member, 'enrol', meanwhile)
+    assert_refused(trained.answer(enrol=tmp_path / 'b'), 'another test.py wrote', 'run this again')
+    with np.load('results/r/gallery_best.npz') as file:
+        assert set(file['owners'][file['enrolled']]) == {'new_a'}
+    assert trained.answer(enrol=tmp_path / 'b').code == 0

@@ -312,3 +312,28 @@ def test_test_py_says_that_the_disk_is_full_before_it_writes_scores(trained, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'posix_fallocate', full)  # crops are there from the training
     assert_refused(trained.answer(cache='none'), 'No space left', 'make room')
+
+
+@pytest.mark.parametrize('error', [MemoryError(), PermissionError(errno.EACCES, 'Permission denied', 'last.pth'),
+                                   OSError(errno.EIO, 'Input/output error', 'last.pth')])
+def test_trouble_of_the_machine_never_says_to_delete_a_checkpoint(trained, monkeypatch, error):
+    def trouble(*_, **__):
+        raise error
+    monkeypatch.setattr(torch, 'load', trouble)
+    result = trained.train(max_iters=9)
+    assert_refused(result)
+    assert 'delete' not in result.err
+
+
+@pytest.mark.parametrize('change', [
+    dict(sums=torch.zeros(2)), dict(kept=[('x', 'y')] * 3), dict(optimizer={'state': {}, 'param_groups': []}),
+    dict(iteration=10 ** 30), dict(first=10 ** 30)])
+def test_a_training_does_not_go_on_from_what_is_none_of_its_states(trained, change):
+    path = Path('results/r/last.pth')
+    torch.save({**torch.load(path, weights_only=True), **change, 'finished': False}, path)
+    assert_refused(trained.train(max_iters=9), 'last.pth')
+
+
+def test_an_error_that_speaks_of_gloomy_ids_is_not_taken_for_gloo(capsys):
+    with pytest.raises(ValueError):
+        exit_clearly(lambda: (_ for _ in ()).throw(ValueError('gloomy')))()

@@ -83,7 +83,8 @@ def test_the_data_is_fetched_once_and_beside_what_is_there(client, fetch, tmp_pa
     assert (tmp_path / 'calls').read_text() == f'competitions download -c humpback-whale-identification -p {tmp_path / "data"}\n'
     (tmp_path / 'data/humpback-whale-identification.zip').unlink()
     again = fetch()
-    assert again.code == 0 and 'already' in again.out and len((tmp_path / 'calls').read_text().splitlines()) == 1
+    assert again.code == 0 and 'complete' in again.out and 'longer' not in again.out
+    assert len((tmp_path / 'calls').read_text().splitlines()) == 1
 
 
 def test_an_archive_that_was_downloaded_by_hand_needs_no_client(fetch, client, tmp_path):

@@ -198,6 +198,53 @@ def test_the_second_training_in_a_folder_is_refused_until_the_first_is_killed(dr
     assert forks.finish(forks.start(work, dict(settings, max_iters=done + 3)), work).code == 0
 
 
+def sleep_instead(*_, **__):
+    Path('asleep').touch()
+    time.sleep(600)
+
+
+def fall_asleep():
+    train.TrainingSet = sleep_instead
+
+
+def test_the_third_training_is_refused_too_while_the_folder_is_empty(drawn, work):
+    settings = dict(data_dir=drawn)
+    first = forks.start(work, settings, prepare=fall_asleep)
+    while not (work / 'asleep').exists():
+        time.sleep(0.05)
+        assert first.is_alive()
+    for _ in range(2):
+        assert_refused(forks.finish(forks.start(work, settings), work), 'another training', 'results/r')
+    kill(first)
+    first.join()
+
+
+def test_crops_whose_file_is_made_anew_are_not_done(scripts, work, monkeypatch):
+    whole = scripts.train(run='whole')
+    crops = next((work / 'results/cache').rglob('crops.u8'))
+    crops.unlink()
+
+    def killed(path, shape, real=images.Crops._open):
+        if path.name == 'masks.u8':
+            raise KeyboardInterrupt
+        return real(path, shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images.Crops, '_open', staticmethod(killed))
+        scripts.train()
+    assert_same_run(whole.folder, scripts.train().folder)
+    assert np.fromfile(crops, np.uint8).any()
+
+
+def test_a_cache_that_another_training_has_is_not_emptied(tmp_path):
+    first = images.Crops._open(tmp_path / 'crops.u8', (10,))
+    first[:] = 7
+    first.flush()
+    os.truncate(tmp_path / 'crops.u8', 5)
+    images.Crops._open(tmp_path / 'crops.u8', (10,))
+    assert first[:5].tolist() == [7] * 5 and first[5:].tolist() == [0] * 5
+
+
 def test_a_file_that_another_process_is_writing_is_left_alone(scripts, work):
     """test.py may write its answers while a training starts in the same folder."""
     folder = scripts.train().folder
@@ -238,6 +285,11 @@ def test_what_a_gpu_saved_goes_on_without_one(scripts, monkeypatch):
         folder = scripts.train().folder
     saved = torch.load(folder / 'last.pth', weights_only=True)
     saved['constants'].update(device='cuda', precision='auto', cache='device')
-    torch.save(saved, folder / 'last.pth')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
+        torch.save(saved, folder / 'last.pth')
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match='CUDA'):
+            torch.load(folder / 'last.pth', weights_only=True)
     assert scripts.train().code == 0
     assert_same_run(whole.folder, folder)

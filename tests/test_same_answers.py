@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.conftest import SIZES, answers, arguments, draw, together, write_frame
+from tests.conftest import SIZES, answers, arguments, draw, scores, together, write_frame
 from utils.metrics import score_submission
 
 QUERIES = 300
+SCORES: list = []  # of the two that were compared last
 REPO = Path(__file__).parent.parent
 TRAINED = dict(max_iters=120, eval_every=60, batch_size=16, lr=3e-3)
 PROCESS = """
@@ -54,8 +55,10 @@ def compare(scripts, data, **other):
     """Top five of one training, as the CPU answers eagerly in float32 and as `other` says; and both MAP@5."""
     assert scripts.train(data_dir=data, **TRAINED).code == 0
     lists, values = [], []
+    SCORES.clear()
     for settings in ({}, other):
         lists.append(top_five(scripts.answer(data_dir=data, **settings)))
+        SCORES.append(scores(Path('results/r'))[0])
         values.append(score_submission('results/r/submission.csv', data / 'test_labels.csv')['map5'])
     assert values[0] > 0.75  # there is something to get wrong
     return *lists, abs(values[0] - values[1])
@@ -63,12 +66,17 @@ def compare(scripts, data, **other):
 
 def test_bf16_answers_as_float32(scripts, many):
     plain, rounded, difference = compare(scripts, many, precision='bf16')
+    assert not np.array_equal(*SCORES)  # it was rounded
     assert share_alike(plain, rounded, 1) >= 0.99 and difference <= 0.005
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
-def test_compiled_answers_as_eager(scripts, many):
+def test_compiled_answers_as_eager(scripts, many, monkeypatch):
+    compiled_nets = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, real=torch.nn.Module.compile: compiled_nets.append(real(net)))
+    torch._dynamo.utils.counters.clear()
     plain, compiled, _ = compare(scripts, many, compile='yes')
+    assert compiled_nets and torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
     assert share_alike(plain, compiled, 5) >= 0.99
 
 

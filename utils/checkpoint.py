@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, raise_if_machines
 from utils.files import write_whole
 
 ADDED = dict(pooling='mean', strips='down', w_arcface=0.0, ema=0.0)  # constants that older checkpoints lack
@@ -41,12 +41,12 @@ def read(path, device='cpu'):
 
 
 def _is(found, kind):
-    """Whether a value is of a type, or a list or dict as `kind` draws it; no count is negative, no number infinite."""
+    """Whether a value is of a type, or a list or dict as `kind` draws it; no count is negative or huge, no number infinite."""
     if isinstance(kind, dict):
         return isinstance(found, dict) and all(_is(found.get(name), inner) for name, inner in kind.items())
     if isinstance(kind, list):
         return isinstance(found, list) and all(_is(one, kind[0]) for one in found)
-    if isinstance(found, int) and found < 0 or isinstance(found, float) and not math.isfinite(found):
+    if isinstance(found, int) and not 0 <= found < 10 ** 9 or isinstance(found, float) and not math.isfinite(found):
         return False
     return isinstance(found, kind)
 
@@ -58,12 +58,13 @@ def load(path, device='cpu'):
     except FileNotFoundError as error:
         raise UserError(f'there is no checkpoint {path}; train first, or name another with checkPoint_start') from error
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint; all mean the same here
+        raise_if_machines(error)
         raise UserError(f'{path} is not a readable checkpoint ({type(error).__name__}); '
                         'delete it or name another with checkPoint_start') from error
     if _is(state, dict(constants=dict)):
         state = {'raw': None, **state, 'constants': {**ADDED, **state['constants']}}
     if not _is(state, CONTENT) or not all(32 <= state['constants'][side] <= 10_000 for side in ('height', 'width')) or \
-            any(len(pair) != 2 for pair in state['kept']):
+            not all(len(pair) == 2 and _is(pair[0], float) and _is(pair[1], int) for pair in state['kept']):
         raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')
     return state
 

@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.figures import BLUE, DARK, GREY, ORANGE, dress, histogram, plot_found, save
 from utils.log import progress_bar
 
-SAMPLE = 2000   # labelled photographs, drawn at random, that are decoded to count greyscale ones and near-duplicates
+SAMPLE = 2000   # labelled photographs, drawn at random, that are decoded to count greyscale ones
 BLANK = None, None, (0, 0, 0, 0), ''  # a tile
 
 
@@ -90,6 +90,7 @@ def draw_numbers(path, numbers, sizes, new, frame):
     axes = dress(panels['C'], 'photographs of each id', 'ids, the largest first', 'photographs')
     axes.loglog(range(1, len(sizes) + 1), ordered, color=BLUE, lw=2, drawstyle='steps-mid')
     axes.text(1, ordered.iloc[0] * 1.15, f'{ordered.index[0][:24]}: {ordered.iloc[0]}', fontsize=9, color=BLUE, parse_math=False)
+    axes.set_ylim(0.7, 3 * max(new, ordered.iloc[0]))
     if new:
         axes.axhline(new, color=ORANGE, lw=2)
         axes.text(len(sizes), new / 1.15, f'{NEW_WHALE}: {new:,}', fontsize=9, color=ORANGE, ha='right', va='top')
@@ -119,20 +120,21 @@ def draw_numbers(path, numbers, sizes, new, frame):
 
 
 def draw_photographs(path, labelled, some):
-    """Photographs with boxes and masks: any, whales that were taken several times, near-duplicates among `some`."""
-    marks = fingerprints(some['path'])  # (m, 1024)
-    pairs = np.argwhere(np.triu(marks @ marks.T, 1) > SAME)  # (p, 2)
-    owner = some['Id'].to_numpy()[pairs]  # (p, 2)
+    """Photographs with boxes and masks: any, whales that were taken several times, near-duplicates."""
+    marks = fingerprints(labelled['path'])  # (n, 1024)
+    pairs = np.concatenate([np.argwhere(np.triu(marks[first:first + 1000] @ marks.T, first + 1) > SAME) + (first, 0)
+                            for first in range(0, len(marks), 1000)])  # (p, 2)
+    owner = labelled['Id'].to_numpy()[pairs]  # (p, 2)
     one_id = owner[:, 0] == owner[:, 1]
     pairs = pairs[one_id.argsort(kind='stable')]  # first those under two ids
     whales = [part[:6] for name, part in labelled.groupby('Id') if len(part) > 2 and name != NEW_WHALE]
     rows = [('any', some[:6]), ('any', some[6:12]), *(('one whale', part) for part in whales[::-(-len(whales) // 4) or 1]),
-            *(('the same?', some.iloc[pairs[first:first + 3].ravel()]) for first in (0, 3))]
+            *(('the same?', labelled.iloc[pairs[first:first + 3].ravel()]) for first in (0, 3))]
     rows = [(text, part) for text, part in rows if len(part)]
     tiles = [shown for _, part in rows for shown in [*map(tile, part.itertuples()), *[BLANK] * (6 - len(part))]]
     images, masks, boxes, titles = zip(*tiles)
     plot_found(path, images, masks, boxes, titles, rows=[text for text, _ in rows])
-    print(f'written: {path}; {len(pairs)} pairs of {len(some):,} photographs are nearly the same, {(~one_id).sum()} of them '
+    print(f'written: {path}; {len(pairs)} pairs of {len(labelled):,} photographs are nearly the same, {(~one_id).sum()} of them '
           'under two ids')
 
 

@@ -22,17 +22,23 @@ class UserError(Exception):
 
 def explain(error):
     """The sentence about an error that is not a mistake of this code; None for any other."""
-    text, kind = str(error), type(error).__name__
+    text, kind = str(error) if isinstance(error, RuntimeError) else '', type(error).__name__
     if isinstance(error, UserError):
-        return text
+        return str(error)
     if kind == 'OutOfMemoryError' or isinstance(error, MemoryError) or "can't allocate memory" in text:  # the first is torch's
         return "out of memory: lower batch_size, height and width, or set cache = 'disk'"
     if isinstance(error, OSError) and error.errno:
-        return (f'{error.filename or "a file or pipe"}: {error.strerror}: {REMEDIES.get(error.errno, "look at it")}; what was '
-                'saved is there, and the same command goes on')
+        return str(UserError(f'{error.filename or "a file or pipe"}: {error.strerror}: {REMEDIES.get(error.errno, "look at it")}'
+                             '; what was saved is there, and the same command goes on'))
     if kind in ('DistBackendError', 'DistNetworkError', 'BrokenProcessPool') or 'gloo' in text:
         return 'another process of this command has ended, killed perhaps for want of memory; the same command goes on'
     return None
+
+
+def raise_if_machines(error):
+    """Raise an error again that speaks of the machine and not of a file: of memory, rights, a disk."""
+    if not isinstance(error, UserError) and getattr(error, 'errno', 0) != errno.EINVAL and explain(error):
+        raise error
 
 
 def exit_clearly(main):

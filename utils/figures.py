@@ -1,11 +1,12 @@
 """The pictures of a training and of its answers; those of a data folder: python -m utils.figures data"""
+import argparse
 import sys
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from utils.errors import UserError, exit_clearly
+from utils.errors import exit_clearly
 from utils.files import write_whole
 
 # Paul Tol's vibrant scheme, which the colour-blind can tell apart.
@@ -155,10 +156,10 @@ def save(figure, path, dpi):
 
 @exit_clearly
 def main(argv):
-    from utils.data_figures import draw_data  # which draws with what stands above
-    if len(argv) != 1:
-        raise UserError('give a data folder: python -m utils.figures data')
-    draw_data(argv[0])
+    from utils.data_figures import __doc__, draw_data  # which draws with what stands above
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('data_dir', help='a folder with train.csv; pictures go to results/eda/')
+    draw_data(parser.parse_args(argv).data_dir)
 
 
 if __name__ == '__main__':

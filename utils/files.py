@@ -57,22 +57,24 @@ def held(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if not _locked(handle):
+        if not _locked(handle) or not os.fstat(handle).st_nlink:  # the other one may just have removed it
             raise UserError(f'another training writes to {folder}: wait for it, stop it, or choose another run')
         sweep(folder)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.rmdir(folder)  # while it is still ours
     finally:
         os.close(handle)
-        with suppress(OSError):
-            os.rmdir(folder)
 
 
 def sweep(folder):
     """Remove the files that killed processes left half-written."""
     for part in Path(folder).glob(f'{PART}*'):
-        with suppress(OSError), open(part, 'rb') as file:
-            if _locked(file):
-                part.unlink()
+        with suppress(OSError), open(part, 'r+b') as file:  # to be written: NFS locks no other
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def _locked(file):

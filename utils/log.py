@@ -49,5 +49,6 @@ class _Lines(tqdm):
 def progress_bar(iterable=None, **options):
     """tqdm, redrawn twice a second on a screen; in a file or pipe a line every half minute."""
     options['disable'] = options.get('disable', False) or ranks.rank() > 0
-    kind, seconds = (tqdm, 0.5) if sys.stderr.isatty() else (_Lines, 30)
-    return kind(iterable, mininterval=seconds, dynamic_ncols=True, **options)
+    if sys.stderr.isatty():
+        return tqdm(iterable, mininterval=0.5, dynamic_ncols=True, **options)
+    return _Lines(iterable, mininterval=30, delay=1, **options)  # what takes less than a second says nothing

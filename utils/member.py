@@ -13,7 +13,7 @@ from models.backbone import fold_batch_norms
 from models.whale_net import whale_net
 from utils import checkpoint
 from utils.device import amp_dtype, compile_network
-from utils.errors import UserError
+from utils.errors import UserError, raise_if_machines
 from utils.files import sha256, write_whole
 from utils.log import progress_bar
 from utils.metrics import choose_threshold
@@ -62,6 +62,7 @@ def load_arrays(path, layout, remedy):
                 raise ValueError(f'its {name} are not such as test.py writes')
         return arrays
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
+        raise_if_machines(error)
         raise UserError(f'{path} cannot be read ({error}): {remedy}') from error
 
 
@@ -119,6 +120,7 @@ class Member:
     def _load_gallery(self):
         """embeddings (G, 2, C), images and owners (G) of the photographs, enrolled (G): those have their file's hash as image."""
         self.gallery_file = self.file.parent / f'gallery_{self.file.stem}.npz'
+        self.seen = self._written()
         rows = np.flatnonzero(self.train['Id'].isin(self.ids).to_numpy() & self.labelled.readable(self.c.skip_bad_images))
         self.images, self.owners = (self.train[name].to_numpy(str)[rows] for name in ('Image', 'Id'))
         self.enrolled = np.zeros(len(rows), bool)
@@ -164,9 +166,15 @@ class Member:
             self.add(names, frame['Id'].to_numpy(str), self.embed(crops, np.arange(len(frame)), 'enrolment'))
         return len(frame)
 
+    def _written(self):
+        return self.gallery_file.stat().st_mtime_ns if self.gallery_file.exists() else None
+
     def save_gallery(self):
+        if self._written() != self.seen:
+            raise UserError(f'another test.py wrote {self.gallery_file} meanwhile: run this again')
         arrays = self.embeddings.half().cpu().numpy(), self.images, self.owners, self.enrolled, self.key
         write_whole(self.gallery_file, lambda path: np.savez(path, **dict(zip(GALLERY, arrays))))
+        self.seen = self._written()
 
     @property
     def all_ids(self):

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data.tables import read_csv
 from utils.files import write_whole
 from utils.log import progress_bar
 
 TEMPLATE = Path(__file__).with_suffix('.html')
-WIDTH = 256  # of a thumbnail, pixels, at most
+WIDTH = 400  # of a thumbnail, pixels, at most
 
 
 def write_review(path, member, images, scores, order, is_new, threshold):
@@ -29,13 +30,13 @@ def write_review(path, member, images, scores, order, is_new, threshold):
     used, number = np.unique(places, return_inverse=True)
     has_none = int(len(used) > 0 and used[0] < 0)
     used, shown = used[has_none:], number.reshape(places.shape) - has_none  # (P,) the photographs; (Q, 5) which of them
-    reviewed = train[train['source'] == 'reviewed']
-    # elsewhere the same file name may be another photograph
-    key = f'{Path(member.c.data_dir).resolve()} {member.c.run} {member.network_key}'
+    reviewed = Path(member.c.data_dir) / 'reviewed.csv'
+    # decisions are of the photographs, whatever network answers; elsewhere the same file name may be another photograph
+    key = f'{Path(member.c.data_dir).resolve()} {path.parent.name}'
     data = dict(
         run=path.parent.name, key=hashlib.sha256(key.encode()).hexdigest(), threshold=threshold, ids=member.all_ids,
         aspect=member.test.width / member.test.height, photographs=member.images[used].tolist(),
-        reviewed=reviewed[['Image', 'Id']].to_numpy().tolist(),
+        reviewed=read_csv(reviewed, ['Image', 'Id']).to_numpy().tolist() if reviewed.is_file() else [],
         queries=list(zip(images, is_new.tolist(), order.tolist(), scores.double().round(decimals=4).tolist(), shown.tolist())))
     # Named by what they show: a page that is still open in a browser never gets another run's photograph.
     stamp = hashlib.sha256(f'{json.dumps(data)} {member.test.key} {member.labelled.key}'.encode()).hexdigest()
