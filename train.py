@@ -28,7 +28,7 @@ from models.whale_net import whale_net
 from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule, write_constants
 from utils.device import amp_dtype, choose_device, compile_network
-from utils.errors import UserError, exit_clearly, raise_if_machines
+from utils.errors import UserError, exit_clearly
 from utils.figures import plot_batch, plot_curves
 from utils.files import held, write_whole
 from utils.interrupt import Interrupt
@@ -226,13 +226,7 @@ def train_step(c, step, data, folder, state, clock):
     margins = arcface_margins(data.class_sizes(rows)).to(c.device)  # (classes,)
     sums = torch.zeros(len(MEASURED) + 1, device=c.device)
     if state['model']:
-        try:
-            optimizer.load_state_dict(state['optimizer'])
-            sums += state['sums'].to(c.device)
-        except Exception as error:  # torch raises many kinds for what is no state of this optimizer
-            raise_if_machines(error)
-            raise UserError(f'{folder}/last.pth is not the state of this training ({error}): delete it, or choose another '
-                            'run') from error
+        checkpoint.fill_optimizer(optimizer, sums, state, folder / 'last.pth')
     bad = torch.tensor(NEVER, device=c.device)  # the first iteration whose loss is not finite
     if not state['iteration']:
         state['mark'] = clock.elapsed()

@@ -158,8 +158,9 @@ class Crops:
         except (UserError, cv2.error) as caught:
             if isinstance(caught, cv2.error) and caught.code == cv2.Error.StsNoMem:
                 raise MemoryError from caught
-            for file in filter(None, (self.files[0][row], self.files[1][row])):
-                os.stat(file)  # one that is gone ends the training, since the others may be gone too
+            for files in self.files[:2]:  # photographs, masks
+                if isinstance(files[row], str):
+                    os.stat(files[row])  # one that is gone ends the training, since the others may be gone too
             error = str(caught) if isinstance(caught, UserError) else f'{self.files[0][row]} ({" ".join(str(caught).split())})'
         crop[:] = 0
         return error

@@ -126,7 +126,7 @@ def collect(known, c):
     if not given and c.train_on == 'given':
         raise UserError(f"{c.data_dir} has no boxes and no masks of its photographs: set train_on = 'drawn'")
     numbers = progress_bar(range(c.photographs) if c.train_on != 'given' else (), desc='drawing', unit='img')
-    return [prepare(*draw_wild(c.seed, number), None, c) for number in numbers], given
+    return [prepare(*draw_wild(c.seed, number), None, c) for number in numbers], given  # type: ignore[call-arg]
 
 
 def batch(items, c):

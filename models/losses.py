@@ -123,7 +123,7 @@ def local_triplet_loss(strips, labels, group, classes, margin=0.3, weight=1.0):
     with torch.no_grad():
         p, n, valid = hardest_pairs(aligned_distances(strips), positive, negative)
     both = aligned_distance(strips.repeat(2, 1, 1), strips[torch.cat([p, n])])  # (2B,)
-    return hinge(*both.chunk(2), valid, margin, weight)
+    return hinge(*both.chunk(2), valid, margin, weight)  # type: ignore[call-arg]
 
 
 def arcface_margins(counts):

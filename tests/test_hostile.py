@@ -27,7 +27,7 @@ from data.tables import BOX, NEW_WHALE, load_tables, read_photographs, training_
 from models import backbone
 from models.finder_net import FlukeFinder
 from models.fluke_finder import list_photographs, load_network
-from tests.conftest import CASES, SOAK, arguments, assert_refused, together
+from tests.conftest import CASES, SOAK, arguments, assert_refused, interrupt_at, together
 from utils import checkpoint
 from utils.constants import read_constants
 from utils.errors import UserError
@@ -623,6 +623,26 @@ def test_ids_in_another_order_are_refused(settled, work):
     torch.save(dict(state, ids=state['ids'][::-1]), work / 'results/r/other.pth')
     with pytest.raises(UserError, match='other ids .*their order'):
         settled.member(work / 'results/r/other.pth')
+
+
+@pytest.mark.parametrize('what', ['exp_avg', 'exp_avg_sq', 'one number', 'order', 'group', 'lr'])
+def test_moments_that_do_not_fit_their_weights_are_refused(scripts, monkeypatch, what):
+    """torch's fused Adam would write beyond them."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 'joint_loss', 4)
+        path = scripts.train().folder / 'last.pth'
+    state = torch.load(path, weights_only=True)
+    moments, groups = state['optimizer']['state'], state['optimizer']['param_groups']
+    if what == 'order':
+        moments[0], moments[1] = moments[1], moments[0]
+    elif what == 'one number':
+        moments[0]['exp_avg'] = torch.ones(1).expand(moments[0]['exp_avg'].shape)
+    elif what in moments[0]:
+        moments[0][what] = torch.zeros(3)
+    else:
+        groups[0] = {**groups[0], 'lr': 'x'} if what == 'lr' else {}
+    torch.save(state, path)
+    assert_refused(scripts.train(), 'last.pth', 'optimizer')
 
 
 @pytest.mark.parametrize('change', [dict(iteration=-1), dict(elapsed=float('nan')), dict(raw=torch.zeros(2)), dict(kept=[(1.0,)]),

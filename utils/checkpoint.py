@@ -80,6 +80,24 @@ def fill(net, state, path):
                         'checkpoint') from error
 
 
+def fill_optimizer(optimizer, sums, state, path):
+    """Go on with a checkpoint's moments, and its `sums` of what was measured, in place. UserError when they do not fit.
+
+    Each moment must lie in memory as its weight does, which torch's fused kernels do not check.
+    """
+    try:
+        optimizer.load_state_dict(state['optimizer'])
+        sums += state['sums'].to(sums.device)
+        fits = all(own['step'].dim() == 0 and own[name].shape == weight.shape and own[name].stride() == weight.stride()
+                   for weight, own in optimizer.state.items() for name in ('exp_avg', 'exp_avg_sq'))
+        fits = fits and all(isinstance(group['lr'], float) and len(group['betas']) == 2 for group in optimizer.param_groups)
+    except Exception as error:  # torch raises many kinds
+        raise_if_machines(error)
+        fits = False
+    if not fits:
+        raise UserError(f'the optimizer in {path} is not that of its weights: start from them, with checkPoint_start')
+
+
 def find(folder, start, before_step=None):
     """The file that a `checkPoint_start` names: 'best', 'last', an iteration, or a path.
 

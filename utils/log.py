@@ -51,4 +51,4 @@ def progress_bar(iterable=None, **options):
     options['disable'] = options.get('disable', False) or ranks.rank() > 0
     if sys.stderr.isatty():
         return tqdm(iterable, mininterval=0.5, dynamic_ncols=True, **options)
-    return _Lines(iterable, mininterval=30, delay=1, **options)  # what takes less than a second says nothing
+    return _Lines(iterable, mininterval=30, **options)

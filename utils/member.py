@@ -62,7 +62,9 @@ def load_arrays(path, layout, remedy):
                 raise ValueError(f'its {name} are not such as test.py writes')
         return arrays
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
-        raise_if_machines(error)
+        claimed = int(np.prod(getattr(error, 'shape', 0), dtype=float)) * getattr(getattr(error, 'dtype', None), 'itemsize', 1)
+        if claimed <= os.path.getsize(path):  # a file that claims more than it holds is not the machine's fault
+            raise_if_machines(error)
         raise UserError(f'{path} cannot be read ({error}): {remedy}') from error
 
 
@@ -142,7 +144,7 @@ class Member:
         self.embeddings = self.embed(self.labelled, rows, 'gallery').half().float()  # as a later call reads them
         if saved:
             new = saved['enrolled']
-            self.add(*(saved[name][new] for name in ('images', 'owners')), torch.from_numpy(saved['embeddings'][new]).float())
+            self.add(*(saved[name][new] for name in ('images', 'owners')), torch.from_numpy(saved['embeddings'][new]).float())  # type: ignore[call-arg]
         self.save_gallery()
 
     def add(self, images, owners, embeddings):
