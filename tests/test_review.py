@@ -19,6 +19,7 @@ from utils.scores import Gallery
 
 EVIL = '<img/src=x/onerror=alert(1)>'
 EVIL_FILE = '</script><script>alert(2)<!--, "x".jpg'
+EVIL_ROW = '"</script><script>alert(2)<!--, ""x"".jpg",w_other,accepted'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 
@@ -129,6 +130,27 @@ def test_keys_decide_and_what_was_decided_is_exported(browse, tmp_path):
     assert table == [['a.jpg', 'w_c', 'accepted'], ['b.jpg', 'new_whale', 'new_whale'], [EVIL_FILE, '', 'rejected']]
 
 
+def test_enter_says_what_the_network_says_until_a_person_chooses(browse, tmp_path):
+    page = browse()
+    assert page.locator('#export').is_disabled()
+    page.click('.row >> nth=1')
+    assert image(page) == 'b.jpg' and 'Enter' in text(page, 'whale') and 'Enter' not in text(page, 'accept')
+    press(page, 'Enter')  # the network says new_whale, whose best id is w_b
+    page.click('.row >> nth=4')
+    assert page.locator('#accept').is_disabled()
+    press(page, 'Enter')  # it could not be read, so nothing is suggested
+    assert image(page) == 'e.jpg'
+    page.click('.row >> nth=1')
+    press(page, '1')
+    assert 'Enter' in text(page, 'accept')
+    press(page, 'Enter')
+    page.fill('#other', 'two words'), press(page, 'Enter')
+    page.fill('#other', 'w_other'), press(page, 'Enter')
+    assert export(page, tmp_path).read_text().splitlines()[1:] == ['b.jpg,w_b,accepted', EVIL_ROW]
+    page.fill('#id', 'w_othe')
+    assert text(page, 'count') == '1 of 5 photographs'
+
+
 def test_a_mouse_does_the_same(browse, tmp_path):
     page = browse()
     page.click('.card >> nth=1'), page.click('#previous')  # there is none
@@ -224,6 +246,15 @@ def test_an_export_can_be_imported_elsewhere(browse, tmp_path):
         page.wait_for_selector('text=Nothing imported')
         assert text(page, 'decided') == '0 of 5 decided'
         page.evaluate('document.getElementById("message").textContent = ""')
+
+
+@pytest.mark.parametrize('content', ['', 'foo', 'Image\na.jpg', 'Id\nw_a'])
+def test_what_is_no_list_of_labels_is_not_imported(browse, tmp_path, content):
+    (tmp_path / 'x.csv').write_text(content)
+    page = browse()
+    page.set_input_files('#file', tmp_path / 'x.csv')
+    page.wait_for_function("document.getElementById('message').textContent")
+    assert 'Nothing imported' in text(page, 'message') and text(page, 'decided') == '0 of 5 decided'
 
 
 def test_names_are_text_and_never_markup(browse):
@@ -459,3 +490,19 @@ def test_what_is_decided_stays_so_on_the_next_page_and_a_photograph_is_not_its_o
     assert len(rows_of(export(page, tmp_path))) == 3
     review_csv(photos, [('t00.jpg', 'a_new_name', '')])
     assert_refused(trained.answer(data_dir=photos), 'other ids', 'reviewed.csv', 'a_new_name')
+
+
+def test_decisions_are_of_the_photographs_whatever_network_answers(trained, photos):
+    write_frame(photos / 'reviewed.csv', Image=['t00.jpg', 't01.jpg'], Id=['w_1', ''])
+    keys = []
+    for views in (1, 3):
+        page = (trained.answer(data_dir=photos, views=views).folder / 'matches.html').read_text()
+        data = json.loads(page.split('id="data">')[1].split('</script>')[0])
+        assert data['reviewed'] == [['t00.jpg', 'w_1'], ['t01.jpg', '']]  # what was skipped stays so
+        keys.append(data['key'])
+    assert keys[0] == keys[1]
+
+
+def test_an_export_without_a_decision_changes_nothing(trained, photos):
+    (photos / 'reviewed.csv').write_text('Image,Id,decision\n')
+    assert trained.answer(data_dir=photos).code == 0
