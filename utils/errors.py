@@ -37,7 +37,7 @@ def explain(error):
 
 def raise_if_machines(error):
     """Raise an error again that speaks of the machine and not of a file: of memory, rights, a disk."""
-    if not isinstance(error, UserError) and getattr(error, 'errno', 0) != errno.EINVAL and explain(error):
+    if not isinstance(error, UserError) and getattr(error, 'errno', 0) not in (errno.EINVAL, errno.ENOENT) and explain(error):
         raise error
 
 
