@@ -62,8 +62,8 @@ def load_arrays(path, layout, remedy):
                 raise ValueError(f'its {name} are not such as test.py writes')
         return arrays
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
-        claimed = int(np.prod(getattr(error, 'shape', 0), dtype=float)) * getattr(getattr(error, 'dtype', None), 'itemsize', 1)
-        if claimed <= os.path.getsize(path):  # a file that claims more than it holds is not the machine's fault
+        # numpy's MemoryError has the array's shape: a file that claims more than it holds is not the machine's fault
+        if not hasattr(error, 'shape') or np.prod(error.shape, dtype=float) <= os.path.getsize(path):
             raise_if_machines(error)
         raise UserError(f'{path} cannot be read ({error}): {remedy}') from error
 
