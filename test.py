@@ -1,10 +1,14 @@
 """Name the whales of the test photographs. Edit the constants below, then: python test.py
 
-Scores the validation fold first, chooses gallery weight and threshold there, and writes results/RUN/submission.csv,
-scores.npz, matches.html (each query beside its five answers, for a person to decide), matches.png (some queries beside their
-nearest labelled photographs) and distances.png (how near photographs of one animal lie); several runs together write into
-results/ensemble. New animals join without training:
-python test.py --enrol FOLDER, with a folder of photographs for each.
+Scores the validation fold first, chooses gallery weight and threshold there, and writes into results/RUN:
+  submission.csv   five answers for each photograph
+  matches.html     each photograph beside its five answers, for a person to decide
+  matches.png      some photographs beside the labelled ones that are most like them
+  distances.png    how near photographs of one animal lie, and of different ones
+  scores.npz       the score of each id, for ensembles
+Several runs together write into results/ensemble.
+
+New animals join without training: python test.py --enrol FOLDER, with a folder of photographs for each.
 """
 import sys
 from pathlib import Path
