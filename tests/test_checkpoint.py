@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tests.conftest import snapshot
 from utils import checkpoint
 from utils.errors import UserError
+from utils.files import write_whole
 
 
 def keep(folder, scores, step=1):
@@ -121,3 +123,11 @@ def test_a_start_that_was_not_kept_is_refused_and_the_kept_ones_named(tmp_path):
     for start in ('last', 'nowhere.pth'):
         with pytest.raises(UserError, match='there is no checkpoint'):
             checkpoint.find(tmp_path, start)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ('fsync', 'replace'):
+        monkeypatch.setattr(os, name, lambda *what, real=getattr(os, name), name=name: calls.append(name) or real(*what))
+    write_whole(tmp_path / 'a.txt', lambda path: Path(path).write_text('x'))
+    assert calls == ['fsync', 'replace']
