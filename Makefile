@@ -28,7 +28,7 @@ test: .venv/installed
 	$(RUN) -m pytest -q tests
 
 soak: .venv/installed
-	SOAK=1 $(RUN) -m pytest -q -s tests/test_killed.py tests/test_failures.py tests/test_hostile.py tests/test_same_answers.py
+	SOAK=1 $(RUN) -m pytest -q -s tests/test_killed.py tests/test_failures.py tests/test_hostile.py tests/test_exploits.py tests/test_same_answers.py
 
 mutants: .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'

@@ -113,7 +113,7 @@ def test_a_disk_that_is_really_full(scripts, drawn, work):
     results, settings = work / 'results', dict(SETTINGS, max_iters=12, eval_every=1, data_dir=drawn)
     results.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1300k', 'none', results]).returncode:
-        pytest.skip('no right to mount')
+        pytest.skip('no right to mount')  # only root may, and not in every container; RLIMIT_FSIZE above shows the same without
     try:
         full = forks.finish(forks.start(work, settings), work)
         assert_refused(full, 'results/r/', '.pth', 'full')
