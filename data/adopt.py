@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from data.decode import find_bad_images
-from data.tables import BOX, NEW_WHALE, _refuse, _refuse_names, add_boxes, list_photographs, read_csv
+from data.tables import BOX, NEW_WHALE, add_boxes, list_photographs, read_csv, refuse, refuse_names
 from utils.errors import UserError, exit_clearly
 
 COLUMNS = {  # the names that are looked for in a CSV, the first one first: letters only, in lower case
@@ -52,8 +52,8 @@ def read_source(source, folder, given):
     image = image.str.replace('\\', '/')
     path = image.map(lambda name: str(folder / name))
     table = table.assign(Image=image, Id=name, path=path, encounter=encounter)[['Image', 'Id', 'path', 'encounter']]
-    _refuse(source, table, ~path.map(os.path.isfile), f'lists what is not in {folder}', 'name its folder with --photographs')
-    _refuse(source, table, path.duplicated(keep=False), 'lists a photograph twice', 'keep one row for each')
+    refuse(source, table, ~path.map(os.path.isfile), f'lists what is not in {folder}', 'name its folder with --photographs')
+    refuse(source, table, path.duplicated(keep=False), 'lists a photograph twice', 'keep one row for each')
     return table
 
 
@@ -62,16 +62,16 @@ def rename(table, source):
     old = table['Id'].str.strip()
     new = old.str.replace(r'\s+', '_', regex=True).mask(old.str.lower().isin(['', 'unknown', NEW_WHALE]), NEW_WHALE)
     names = table.assign(old=old, new=new)[['old', 'new']][new != NEW_WHALE].drop_duplicates()
-    _refuse(source, names, names['new'].duplicated(keep=False), 'has ids that are the same with _ for a space', 'rename one')
+    refuse(source, names, names['new'].duplicated(keep=False), 'has ids that are the same with _ for a space', 'rename one')
     spaced = names[names['old'] != names['new']]
     if len(spaced):
         print(f'{len(spaced)} ids contain spaces, which become _: {spaced["old"].iloc[0]!r} is now {spaced["new"].iloc[0]!r}')
     bare = table['Image'].str.replace(r'.*[/\\]', '', regex=True)
     shared = bare.str.lower().duplicated(keep=False)  # on some disks A.jpg and a.jpg are one file
     bare = bare.mask(shared, table['Image'].str.lstrip('./\\').str.replace(r'[/\\]+', '__', regex=True))
-    _refuse(source, table, bare.str.lower().duplicated(keep=False), 'has photographs of one name', 'rename them')
+    refuse(source, table, bare.str.lower().duplicated(keep=False), 'has photographs of one name', 'rename them')
     table = table.assign(Id=new, Image=bare)
-    _refuse_names(source, table[['Image', 'Id']])
+    refuse_names(source, table[['Image', 'Id']])
     return table.sort_values('Image')
 
 

@@ -114,13 +114,13 @@ def read_photographs(source):
     source = Path(source)
     if source.is_dir():
         table = list_photographs(source)
-        _refuse_names(source, table)
+        refuse_names(source, table)
     elif source.is_file():
         table = read_labels(source)
         _find_images(table, source.parent, source, True, [])
     else:
         raise UserError(f'{source} is not there: name a folder of folders, or a CSV with the columns Image and Id')
-    _refuse(source, table, table['Id'] == NEW_WHALE, f'has photographs of {NEW_WHALE}', 'give each animal a name')
+    refuse(source, table, table['Id'] == NEW_WHALE, f'has photographs of {NEW_WHALE}', 'give each animal a name')
     table = table.reset_index(drop=True)
     add_boxes_and_masks((table,), source if source.is_dir() else source.parent, [])
     return table
@@ -184,7 +184,7 @@ def read_csv(path, columns=None, unique=True):
     table.index += 2
     table = table.loc[(table != '').any(axis=1), list(columns)]
     repeated = table[columns[0]].duplicated(keep=False) & unique
-    _refuse(path, table, repeated, 'lists an image more than once', 'keep one row for each')
+    refuse(path, table, repeated, 'lists an image more than once', 'keep one row for each')
     return table
 
 
@@ -199,22 +199,22 @@ def read_labels(path, columns=('Image', 'Id'), undecided=False):
     if undecided:
         table = table[table['Id'].str.strip() != '']
     blank = table.apply(lambda column: column.str.strip() == '').any(axis=1)
-    _refuse(path, table, blank, 'has rows without an image or an id', f'fill in ({NEW_WHALE} if unknown)')
+    refuse(path, table, blank, 'has rows without an image or an id', f'fill in ({NEW_WHALE} if unknown)')
     is_path = table['Image'].str.contains(r'[/\\]') | table['Image'].isin(['.', '..'])
-    _refuse(path, table, is_path, 'has image names that are paths', 'write bare names of files in the folder')
-    _refuse_names(path, table)
+    refuse(path, table, is_path, 'has image names that are paths', 'write bare names of files in the folder')
+    refuse_names(path, table)
     return table
 
 
-def _refuse_names(path, table):
+def refuse_names(path, table):
     odd = table.map(lambda text: ODD.search(text) is not None).any(axis=1)
-    _refuse(path, table, odd, 'has names with control characters, or of 256 characters and more', 'rename them')
+    refuse(path, table, odd, 'has names with control characters, or of 256 characters and more', 'rename them')
     if 'Id' in table:
-        _refuse(path, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them',
+        refuse(path, table, table['Id'].str.contains(r'\s'), 'has ids with a space in them',
                 'write _ in its place, since a submission separates ids by spaces')
 
 
-def _refuse(path, table, bad, what, remedy):
+def refuse(path, table, bad, what, remedy):
     """UserError that shows the first rows where `bad` is true, by line number."""
     if bad.any():
         shown = [f'line {row[0]}: {",".join(row[1:])[:60]}' for row in table[bad].head(5).itertuples()]
@@ -263,13 +263,13 @@ def _read_answered(csv, source, train, notes, ids=None):
     """
     table = read_labels(csv, undecided=ids is None).assign(source=source)
     if ids is not None:
-        _refuse(csv, table, ~table['Id'].isin([*ids, NEW_WHALE]), 'has ids that train.csv has not', 'write the file anew')
+        refuse(csv, table, ~table['Id'].isin([*ids, NEW_WHALE]), 'has ids that train.csv has not', 'write the file anew')
     listed = table['Image'].isin(train['Image'])
     table = table[~listed].copy()
     folders = [csv.parent / 'test', csv.parent / 'playground' / 'train']
     table['path'] = [next((path for path in (f'{folder}{os.sep}{name}' for folder in folders) if os.path.exists(path)), '')
                      for name in table['Image']]
-    _refuse(csv, table, table['path'] == '', 'has images that are neither in test/ nor in playground/train/',
+    refuse(csv, table, table['path'] == '', 'has images that are neither in test/ nor in playground/train/',
             'write it anew' if ids is not None else 'put them back, or delete their rows')
     notes.append(f'{csv.name}: {(table["Id"] != NEW_WHALE).sum()} images of ids and {(table["Id"] == NEW_WHALE).sum()} '
                  f'of {NEW_WHALE} join training; {listed.sum()} left out that have a label already')
@@ -301,7 +301,7 @@ def add_boxes(frames, csv, notes):
         boxes = table[BOX].apply(pd.to_numeric, errors='coerce').astype('float64')
         sides = boxes[['x1', 'y1']].to_numpy() - boxes[['x0', 'y0']].to_numpy()  # (rows, 2)
         is_box = (boxes.abs() < 1e9).all(axis=1) & (sides > 1e-3).all(axis=1)  # numbers that can still be computed with
-        _refuse(csv, table, ~is_box, 'has boxes without x0 < x1 and y0 < y1 in pixels', 'mend or delete them')
+        refuse(csv, table, ~is_box, 'has boxes without x0 < x1 and y0 < y1 in pixels', 'mend or delete them')
         boxes.index = table['Image']
     found = []
     for frame in frames:
@@ -319,7 +319,7 @@ def add_masks(frames, folder, csv, notes):
     if csv.is_file():
         table = read_csv(csv, ['id', 'rle_mask'])
         no_mask = ~table['rle_mask'].str.fullmatch(r'\s*(\d+\s+\d+(\s+|$))*')
-        _refuse(csv, table, no_mask, 'has masks that are not pairs of numbers', 'write start length ...')
+        refuse(csv, table, no_mask, 'has masks that are not pairs of numbers', 'write start length ...')
         rles = dict(zip(table['id'], table['rle_mask']))
     found = []
     for frame in frames:

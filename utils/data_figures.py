@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from data.decode import find_bad_images, read_image, read_mask, read_size
 from data.duplicates import SAME, fingerprints
-from data.tables import BOX, NEW_WHALE, _refuse, load_tables, read_csv
+from data.tables import BOX, NEW_WHALE, load_tables, read_csv, refuse
 from utils.errors import UserError
 from utils.figures import BLUE, DARK, GREY, ORANGE, dress, histogram, plot_found, save
 from utils.log import progress_bar
@@ -62,7 +62,7 @@ def read_sizes(csv, frame, readable):
         return pd.DataFrame(sizes, readable.index, ['width', 'height'], float).reindex(frame.index).to_numpy()
     table = read_csv(csv, ['Image', 'width', 'height'])
     sizes = table[['width', 'height']].apply(pd.to_numeric, errors='coerce')
-    _refuse(csv, table, ~(sizes > 0).all(axis=1), 'has sizes that are not above zero', 'mend or delete them')
+    refuse(csv, table, ~(sizes > 0).all(axis=1), 'has sizes that are not above zero', 'mend or delete them')
     return sizes.set_index(table['Image']).reindex(frame['Image']).to_numpy(float)
 
 
