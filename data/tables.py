@@ -88,12 +88,16 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
 def unlabelled_playground(tables):
     """The playground's images that have no label of `tables.ids`: as `tables.test`, to be given one."""
     folder = tables.data_dir / 'playground' / 'train'
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    frame = pd.DataFrame({'Image': [name for name in names if not (name.startswith('.') or ODD.search(name))]}, dtype=str)
+    frame = pd.DataFrame({'Image': [name for name in list_files(folder) if not (name.startswith('.') or ODD.search(name))]}, dtype=str)
     frame = frame[~frame['Image'].isin([*tables.train['Image'], *tables.test['Image']])].reset_index(drop=True)
     frame['path'] = str(folder) + os.sep + frame['Image']
     add_boxes_and_masks((frame,), tables.data_dir, [])
     return frame.assign(bad=False)
+
+
+def list_files(folder):
+    """Names of the files in a folder, sorted; not of pipes and devices, which would keep their reader waiting."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file()) if folder.is_dir() else []
 
 
 def list_photographs(folder):
@@ -228,7 +232,7 @@ def _find_images(table, folder, csv, check_files, notes):
         return
     if not folder.is_dir():
         raise UserError(f'{folder} is not there, yet {csv} lists its images: unpack the images into it')
-    present = set(os.listdir(folder))
+    present = set(list_files(folder))
     missing = table['Image'][~table['Image'].isin(present)]
     if len(missing):
         raise UserError(f'{len(missing)} of the {len(table)} images that {csv} lists are not in {folder} '
@@ -267,7 +271,7 @@ def _read_answered(csv, source, train, notes, ids=None):
     listed = table['Image'].isin(train['Image'])
     table = table[~listed].copy()
     folders = [csv.parent / 'test', csv.parent / 'playground' / 'train']
-    table['path'] = [next((path for path in (f'{folder}{os.sep}{name}' for folder in folders) if os.path.exists(path)), '')
+    table['path'] = [next((path for path in (f'{folder}{os.sep}{name}' for folder in folders) if os.path.isfile(path)), '')
                      for name in table['Image']]
     refuse(csv, table, table['path'] == '', 'has images that are neither in test/ nor in playground/train/',
             'write it anew' if ids is not None else 'put them back, or delete their rows')
@@ -313,8 +317,7 @@ def add_boxes(frames, csv, notes):
 
 def add_masks(frames, folder, csv, notes):
     """Add mask_path, of masks/NAME.png or .jpg, and mask_rle, of masks.csv where there is no such file."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []  # in order, so that .png replaces .jpg
-    files = {name[:-4]: str(folder / name) for name in names if name.endswith(('.jpg', '.png'))}
+    files = {name[:-4]: str(folder / name) for name in list_files(folder) if name.endswith(('.jpg', '.png'))}  # .png last
     rles = {}
     if csv.is_file():
         table = read_csv(csv, ['id', 'rle_mask'])

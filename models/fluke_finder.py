@@ -16,7 +16,7 @@ import torch
 from data.augment import photometric, to_input
 from data.decode import BadImage, read_image, read_mask
 from data.make_sample import draw_sample
-from data.tables import BOX, ODD, add_boxes_and_masks, read_csv
+from data.tables import BOX, ODD, add_boxes_and_masks, list_files, read_csv
 from data.wild_photographs import draw_wild
 from models.finder_net import FlukeFinder, box_of, find, finder_loss
 from utils import checkpoint
@@ -76,8 +76,8 @@ def list_photographs(folder):
     """Photographs below `folder`: DataFrame Image, path, BOX, mask_path, mask_rle, mark (of the mask file), has_mask: what the
     user gave. What this script wrote (fluke_finder.csv knows) is not in them; our_box and our_mask tell where it is."""
     folders = [folder / name for name in ('train', 'test', 'playground/train')]
-    paths = [path for part in folders if part.is_dir() for path in sorted(part.iterdir())
-             if not (path.name.startswith('.') or ODD.search(path.name))]
+    paths = [part / name for part in folders for name in list_files(part)
+             if not (name.startswith('.') or ODD.search(name))]
     frame = pd.DataFrame({'Image': [path.name for path in paths], 'path': list(map(str, paths))}, dtype=object)
     frame = frame.drop_duplicates('Image', ignore_index=True)
     if frame.empty:

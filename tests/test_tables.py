@@ -443,3 +443,15 @@ def test_fold_of_a_small_set():
 def test_unknown_fold_is_refused(kaggle, fold):
     with pytest.raises(UserError, match=f'fold = {fold!r} does not exist: choose one of 0 to 4'):
         validation_fold(kaggle.train, fold)
+
+
+def test_pipes_and_devices_are_no_photographs(folder):
+    """Opened, they would keep their reader waiting for ever."""
+    os.remove(folder / 'train' / 'b.jpg')
+    os.mkfifo(folder / 'train' / 'b.jpg')
+    with pytest.raises(UserError, match=r'1 of the 6 images .* are not in .*b.jpg'):
+        load_tables(folder)
+    (folder / 'playground' / 'train').mkdir(parents=True)
+    os.symlink('/dev/zero', folder / 'playground' / 'train' / 'p.jpg')
+    (folder / 'playground' / 'train' / 'q.jpg').touch()
+    assert unlabelled_playground(load_tables(folder, check_files=False))['Image'].tolist() == ['q.jpg']
