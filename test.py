@@ -25,7 +25,7 @@ from utils.constants import SHARED_RULES, read_constants, rule
 from utils.device import choose_device
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_distances, plot_matches
-from utils.files import write_whole
+from utils.files import sweep, write_whole
 from utils.member import Member, on_disk, saved_scores
 from utils.metrics import best_ids, choose_threshold, insert_new_whale, write_submission
 from utils.review import write_review
@@ -95,6 +95,7 @@ def main(argv):
     threshold, valid, valid_images = validate(scores, weights, train, asked)
     folder, ids = Path('results') / ('ensemble' if ',' in c.run or member is None else c.run), scores[0].ids
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     table = on_disk(folder, scores[0].table.shape, np.float16)
     most = min(5, len(ids))
     values, order = torch.empty(len(asked), most), torch.empty(len(asked), most, dtype=torch.int64)  # (Q, 5)

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from utils.errors import UserError, raise_if_machines
-from utils.files import sha256, write_whole
+from utils.files import sha256, sweep, write_whole
 
 # block, blocks in layer1..4, and what sets SENet154 apart from the SE-ResNets and SE-ResNeXts (arXiv:1709.01507).
 _SENET154 = dict(groups=64, inplanes=128, input_3x3=True, downsample_kernel_size=3, downsample_padding=1)
@@ -239,6 +239,7 @@ def _weights_file(name, weights_dir):
             _check_hash(weights_dir / file)
             return weights_dir / file
     causes = []
+    sweep(weights_dir)
     for mirror in _MIRRORS:
         url = mirror.format(folder=folder, name=files[0])
         try:

@@ -139,3 +139,11 @@ def test_a_mirror_that_falls_silent_is_given_up(mirror, monkeypatch, start):
             done.set()
             thread.join()
     assert not list(mirror.folder.iterdir())
+
+
+def test_what_a_killed_download_left_is_removed(mirror):
+    mirror.folder.mkdir()
+    (mirror.folder / '.part-killed.pth').write_text('half')
+    with server(lambda handler: send(handler, mirror.whole)) as one:
+        assert mirror.load(one.server_port) == mirror.whole
+    assert len(list(mirror.folder.iterdir())) == 1
