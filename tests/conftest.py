@@ -107,6 +107,9 @@ def small(monkeypatch):
     monkeypatch.setattr(models.whale_net, 'build_backbone', SmallBackbone)
 
 
+ASKED = dict(run='r', device='cpu', threads=1, precision='fp32', matches=0)  # settings of test.py
+
+
 def together(**changes):
     """SETTINGS with changes; the schedule of all stages decides what min_num_class would."""
     settings = {**SETTINGS, **changes}
@@ -139,7 +142,7 @@ def scripts(drawn, work, small, capsys, monkeypatch):
         return call(train, settings, work / 'results' / settings['run'])
 
     def run_answer(**settings):
-        settings = {**dict(data_dir=drawn, run='r', device='cpu', threads=1, precision='fp32', matches=0), **settings}
+        settings = {'data_dir': drawn, **ASKED, **settings}
         return call(answer, settings, work / 'results' / settings['run'])
 
     return SimpleNamespace(train=run_train, answer=run_answer)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.conftest import SIZES, answers, arguments, draw, scores, together, write_frame
+from tests.conftest import ASKED, SIZES, answers, arguments, draw, scores, together, write_frame
 from utils.metrics import score_submission
 
 QUERIES = 300
@@ -24,6 +24,10 @@ from tests.conftest import SmallBackbone
 models.whale_net.build_backbone = SmallBackbone
 train.train_mode = lambda net: net.eval()  # without a GPU each process has batch norm's statistics of its own
 train.main(sys.argv[1:])
+"""
+ANSWER = PROCESS.split('train.train_mode')[0] + """
+import test
+test.main(sys.argv[1:])
 """
 
 
@@ -78,6 +82,21 @@ def test_compiled_answers_as_eager(scripts, many, monkeypatch):
     plain, compiled, _ = compare(scripts, many, compile='yes')
     assert compiled_nets and torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
     assert share_alike(plain, compiled, 5) >= 0.99
+
+
+def test_an_older_processor_answers_as_this_one(scripts, many, work):
+    """The libraries below torch choose their kernels by the processor; here they take those of twenty years ago."""
+    assert scripts.train(data_dir=many, **TRAINED).code == 0
+    here = top_five(scripts.answer(data_dir=many))
+    before = scores(Path('results/r'))[0]
+    (work / 'answer.py').write_text(ANSWER)
+    older = {'ATEN_CPU_CAPABILITY': 'default', 'ONEDNN_MAX_CPU_ISA': 'SSE41', 'MKL_ENABLE_INSTRUCTIONS': 'SSE4_2'}
+    done = subprocess.run([sys.executable, 'answer.py', *arguments(**ASKED, data_dir=many)], timeout=300,
+                          env={**os.environ, **older, 'PYTHONPATH': str(REPO)})
+    assert done.returncode == 0
+    there = answers(Path('results/r'))['Id'].str.split(expand=True).to_numpy()
+    assert not np.array_equal(before, scores(Path('results/r'))[0])  # other kernels indeed
+    assert share_alike(here, there, 5) >= 0.99
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
