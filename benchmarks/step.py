@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from pretrainedmodels.models.senet import SEModule
+from timm.models.senet import SEModule
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

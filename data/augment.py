@@ -67,17 +67,11 @@ def random_transform(flips, height, width, strength=1.0):
     sign = 1 - 2 * flips.float()
     # rows and columns in a square's units, so that a rotation of a 2:1 crop is one
     cos, sin, shear = angle.cos(), angle.sin(), uniform(SHEAR) * _maybe(batch, device)
-    transform = torch.zeros(batch, 3, 3, device=device)
-    transform[:, 0, 0] = sign * sx * cos
-    transform[:, 0, 1] = sx * (shear * cos - sin) / aspect
-    transform[:, 1, 0] = sign * sy * sin * aspect
-    transform[:, 1, 1] = sy * (shear * sin + cos)
-    transform[:, 0, 2] = uniform(2 * SHIFT_X + JITTER)
-    transform[:, 1, 2] = uniform(2 * SHIFT_Y + JITTER)
-    transform[:, 2, 0] = uniform(PERSPECTIVE) * _maybe(batch, device)
-    transform[:, 2, 1] = uniform(PERSPECTIVE) * _maybe(batch, device)
-    transform[:, 2, 2] = 1
-    return transform
+    return torch.stack([
+        sign * sx * cos, sx * (shear * cos - sin) / aspect, uniform(2 * SHIFT_X + JITTER),
+        sign * sy * sin * aspect, sy * (shear * sin + cos), uniform(2 * SHIFT_Y + JITTER),
+        uniform(PERSPECTIVE) * _maybe(batch, device), uniform(PERSPECTIVE) * _maybe(batch, device), torch.ones_like(sx),
+    ], 1).view(batch, 3, 3)
 
 
 def photometric(images, strength=1.0):

@@ -3,14 +3,13 @@ import dataclasses
 import io
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
-from utils.log import progress_bar
+from utils.log import in_threads
 
 # A file that claims more is refused before it fills the memory. The other formats take four times the memory of JPEG and PNG.
 MAX_PIXELS, MAX_PIXELS_OTHER = 64_000_000, 32_000_000
@@ -151,7 +150,7 @@ def read_mask(mask_path, mask_rle, shape):
     return cv2.resize(mask, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def find_bad_images(paths, workers=None):
+def find_bad_images(paths):
     """Files that are no whole images: dict path -> reason. Reads only heads and tails, in threads."""
     def reason(path):
         try:
@@ -159,9 +158,7 @@ def find_bad_images(paths, workers=None):
         except BadImage as error:
             return error.reason
 
-    with ThreadPoolExecutor(workers or min(16, 4 * (os.cpu_count() or 1))) as pool:
-        reasons = list(progress_bar(pool.map(reason, paths), desc='checking images', total=len(paths), unit='img',
-                                    disable=len(paths) <= 2000))
+    reasons = in_threads(reason, paths, 'checking images')
     return {path: reason for path, reason in zip(paths, reasons) if reason}
 
 
@@ -183,7 +180,7 @@ def _check(path):
         raise BadImage(path, _reason(error)) from error
 
 
-def check_images(tables, skip_bad_images=False, workers=None):
+def check_images(tables, skip_bad_images=False):
     """The tables without the training images, and the masks, that cannot be read; `notes` says which.
 
     Test images all stay, since each must be answered: their new column `bad` marks those that cannot be read.
@@ -191,7 +188,7 @@ def check_images(tables, skip_bad_images=False, workers=None):
     """
     train, test = tables.train, tables.test
     masks = [path for frame in (train, test) for path in frame['mask_path'].dropna()]
-    bad = find_bad_images([*train['path'], *test['path'], *masks], workers)
+    bad = find_bad_images([*train['path'], *test['path'], *masks])
     named = [f'{os.path.relpath(path, tables.data_dir)} ({reason})' for path, reason in bad.items()]
     shown = f'{len(bad)} image files cannot be read: {", ".join(named[:10])}{" ..." if len(bad) > 10 else ""}'
     if bad and not skip_bad_images:

@@ -1,12 +1,9 @@
 """The same photograph under another name: it must not be learned from where it validates."""
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import cv2
 import numpy as np
 
 from data.decode import BadImage, read_image
-from utils.log import progress_bar
+from utils.log import in_threads
 
 # Correlation of two 32x32 thumbnails. Of different photographs of right whales, drawn flukes and characters the most alike
 # reach 0.97; the same fluke photograph, made smaller and compressed again, stays above 0.98.
@@ -26,10 +23,7 @@ def fingerprints(paths):
         small -= small.mean()
         return small / max(np.linalg.norm(small), 1e-6)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        marks = progress_bar(pool.map(one, paths), total=len(paths), desc='same photographs?', unit='img',
-                             disable=len(paths) < 2000)
-        return np.array(list(marks), np.float32).reshape(-1, SIDE * SIDE)
+    return np.array(in_threads(one, paths, 'same photographs?'), np.float32).reshape(-1, SIDE * SIDE)
 
 
 def twins(some, others):

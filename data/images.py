@@ -18,7 +18,7 @@ MARGIN = 1 / 16   # surroundings kept on each side, a share of the box's sides: 
 CACHE_VERSION = 3  # raise it when cut_crop changes, so that no old entry is used
 
 
-def cut_crop(image, mask, box, height, width, out=None):
+def cut_crop(image, mask, box, height, width):
     """The box and MARGIN around it, stretched to (height, width); beyond the photograph's edge, its edge goes on.
 
     Exact to half a pixel, of the photograph and of the crop, which is less than any box is sure of; whole pixels can be
@@ -35,10 +35,7 @@ def cut_crop(image, mask, box, height, width, out=None):
     fx, fy = max(1, part.shape[1] // size[0]), max(1, part.shape[0] // size[1])
     if fx > 1 or fy > 1:
         part = cv2.resize(part, (part.shape[1] // fx, part.shape[0] // fy), interpolation=cv2.INTER_AREA)
-    crop = np.empty((height, width, 3), np.uint8) if out is None else out
-    cv2.resize(part, size, crop[top:height - bottom, left:width - right], interpolation=cv2.INTER_LINEAR)
-    crop[:, :left], crop[:, width - right:] = crop[:, left, None], crop[:, width - right - 1, None]
-    crop[:top], crop[height - bottom:] = crop[top], crop[height - bottom - 1]
+    crop = cv2.copyMakeBorder(cv2.resize(part, size), top, bottom, left, right, cv2.BORDER_REPLICATE)
     if mask is None:
         return crop, None
     mask = cv2.resize(mask[y, x], size, interpolation=cv2.INTER_NEAREST_EXACT)
@@ -96,8 +93,6 @@ class Crops:
         self.cache = choose_cache(self.bytes, folder, device) if cache == 'auto' else cache
         if self.cache == 'none':
             return
-        if self.cache == 'device' and 'cuda' in device and self.bytes > torch.cuda.mem_get_info(device)[0]:
-            raise UserError(f"the {self.bytes / 1e9:.1f} GB of crops do not fit on {device}: set cache = 'memory' or 'disk'")
         folder.mkdir(parents=True, exist_ok=True)
         self.pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
         self.masks = self._open(folder / 'masks.u8', (self.count, self.height, self.width // 8))
@@ -151,7 +146,7 @@ class Crops:
                 image = read_image(self.files[0][row])
                 files = self.files[1][row], self.files[2][row]
                 mask = None if files == (None, None) else read_mask(*files, image.shape[:2])
-                _, mask = cut_crop(image, mask, self.boxes[row], self.height, self.width, crop)
+                crop[:], mask = cut_crop(image, mask, self.boxes[row], self.height, self.width)
                 if mask is not None:
                     packed[:] = np.packbits(mask, axis=-1)
                 return None

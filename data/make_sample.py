@@ -6,13 +6,8 @@ the files do not depend on how many processes draw them.
 """
 import argparse
 import functools
-import json
-import multiprocessing
 import os
-import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -20,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from utils.errors import UserError, exit_clearly
+from utils.log import in_threads
 
-version = 2             # raise it when the drawing changes: older samples are then drawn again
+version = 2             # raise it when the drawing changes, so that older samples are not taken for this one
 num_ids = 100           # known animals
 single_share = 0.40     # of the ids have one training image, as in the competition
 max_images = 18         # training images of the most photographed animal
@@ -249,7 +245,6 @@ def draw_photograph(rng, fluke, place=place_fluke, develop=develop):
 def write_photograph(job):
     """Draw and write one photograph of the plan and its mask; returns its box (x0, y0, x1, y1) in pixels."""
     folder, seed, num_ids, number, animal, name, split = job
-    cv2.setNumThreads(1)
     rng = np.random.default_rng([seed, photo_stream, number])
     image, mask = draw_photograph(rng, draw_animal(seed, animal, num_ids))
     quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(55, 91))]
@@ -260,30 +255,19 @@ def write_photograph(job):
     return np.rint(box).clip(0, [mask.shape[1], mask.shape[0]] * 2).astype(int)
 
 
-def is_drawn(out, stamp, plan):
-    """Whether the folder `out` holds the whole sample that stamp and plan describe."""
-    tables = ['train.csv', 'bboxes.csv', 'sample_submission.csv', 'test_labels.csv']
-    try:
-        same = json.loads((out / 'sample.json').read_text()) == stamp
-    except (OSError, ValueError):
-        return False
-    return same and all((out / name).is_file() for name in [*tables, *(plan['split'] + '/' + plan['Image'])])
-
-
-def draw_sample(out='data/sample', seed=0, num_ids=num_ids, workers=None):
+def draw_sample(out='data/sample', seed=0, num_ids=num_ids):
     """Draw the sample into the folder `out` unless it is there already; returns whether anything was drawn.
 
     The same seed gives the same bytes. Drawn beside `out` and then renamed, it is there whole or not at all.
     Raises UserError when `out` holds something else.
     """
     out, plan = Path(out), plan_photographs(seed, num_ids)
-    stamp = {'version': version, 'seed': seed, 'num_ids': num_ids}
-    from utils.log import progress_bar  # which loads torch; the processes that draw do without
-    if is_drawn(out, stamp, plan):
+    stamp, stamped = f'version {version}, seed {seed}, {num_ids} ids', out / 'sample.txt'
+    if stamped.is_file() and stamped.read_bytes() == stamp.encode():
         print(f'{out} already holds this sample')
         return False
-    if out.exists() and not (out / 'sample.json').is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f'{out} is not a sample drawn before: remove it, or choose another folder with --out')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f'{out} holds something else than this sample: remove it, or choose another folder with --out')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as temporary:
         folder = Path(temporary) / 'sample'
@@ -291,19 +275,13 @@ def draw_sample(out='data/sample', seed=0, num_ids=num_ids, workers=None):
             (folder / name).mkdir(parents=True)
         ordered = plan.sort_values(['animal', 'Image'])     # neighbours share an animal's picture
         jobs = [(folder, seed, num_ids, *row) for row in ordered[['animal', 'Image', 'split']].itertuples()]
-        workers, context = workers or os.cpu_count(), multiprocessing.get_context('spawn')
-        with ProcessPoolExecutor(workers, context) if workers > 1 else nullcontext() as pool:
-            drawn = pool.map(write_photograph, jobs, chunksize=8) if pool else map(write_photograph, jobs)
-            boxes = list(progress_bar(drawn, desc='photographs', total=len(jobs), unit='img'))
-        boxes = pd.DataFrame(boxes, ordered['Image'], ['x0', 'y0', 'x1', 'y1'])
+        boxes = pd.DataFrame(in_threads(write_photograph, jobs, 'photographs'), ordered['Image'], ['x0', 'y0', 'x1', 'y1'])
         boxes.sort_index().to_csv(folder / 'bboxes.csv')
         train, test = (plan.loc[plan['split'] == split, ['Image', 'Id']] for split in ('train', 'test'))
         guess = test.assign(Id=' '.join(['new_whale', *sorted(set(train['Id']) - {'new_whale'})[:4]]))
         for name, table in [('train', train), ('test_labels', test), ('sample_submission', guess)]:
             table.to_csv(folder / f'{name}.csv', index=False)
-        (folder / 'sample.json').write_text(json.dumps(stamp))
-        if out.exists():
-            shutil.rmtree(out)
+        (folder / stamped.name).write_text(stamp)
         os.replace(folder, out)
     return True
 

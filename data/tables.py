@@ -16,7 +16,6 @@ from utils.errors import UserError
 
 NEW_WHALE = 'new_whale'
 BOX = ['x0', 'y0', 'x1', 'y1']
-NUM_FOLDS = 5
 ODD = re.compile(r'[\0-\x1f\x7f-\x9f\ud800-\udfff]|.{256}')  # in names: numpy and CSV files would lose or refuse some
 MAX_FOLD_IDS = 512        # ids in a validation fold: 512 and 230 new_whale on Kaggle
 NEW_PER_NAMED = 31 / 69   # new_whale images for each named one in a fold, about as in Kaggle's test set
@@ -88,7 +87,8 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
 def unlabelled_playground(tables):
     """The playground's images that have no label of `tables.ids`: as `tables.test`, to be given one."""
     folder = tables.data_dir / 'playground' / 'train'
-    frame = pd.DataFrame({'Image': [name for name in list_files(folder) if not (name.startswith('.') or ODD.search(name))]}, dtype=str)
+    names = [name for name in list_files(folder) if not (name.startswith('.') or ODD.search(name))]
+    frame = pd.DataFrame({'Image': names}, dtype=str)
     frame = frame[~frame['Image'].isin([*tables.train['Image'], *tables.test['Image']])].reset_index(drop=True)
     frame['path'] = str(folder) + os.sep + frame['Image']
     add_boxes_and_masks((frame,), tables.data_dir, [])
@@ -137,8 +137,6 @@ def validation_fold(train, fold, seed=0):
     they are 31% of the fold, or half of them are in it. Playground images and an id's only image are left in
     training. The draw depends on the images' names and the order of the ids, not on the order of the rows.
     """
-    if fold not in range(NUM_FOLDS):
-        raise UserError(f'fold = {fold!r} does not exist: choose one of 0 to {NUM_FOLDS - 1}')
     rng = np.random.default_rng([seed, fold])
     rows = np.flatnonzero(train['source'] == 'train')
     rows = rows[np.argsort(train['Image'].to_numpy(str)[rows])]
@@ -179,7 +177,8 @@ def read_csv(path, columns=None, unique=True):
             warnings.simplefilter('error', pd.errors.ParserWarning)  # each row is longer than the first line
             table = pd.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False, index_col=False, compression=None)
     except (OSError, ValueError, pd.errors.ParserWarning) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f'{path} is not a CSV file ({str(error).strip()}): save it as UTF-8 CSV') from error
+        reason = getattr(error, 'strerror', None) or str(error).strip()
+        raise UserError(f'{path} cannot be read as a CSV file ({reason}): save it there as UTF-8 CSV') from error
     columns = table.columns if columns is None else columns
     missing = [name for name in columns if name not in table]
     if missing:

@@ -10,8 +10,7 @@ from urllib.request import FTPHandler, HTTPHandler, build_opener
 import timm
 import torch
 import torch.nn.functional as F
-from pretrainedmodels.models import senet
-from timm.models import group_parameters
+from timm.models import group_parameters, senet
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -19,23 +18,10 @@ from tqdm import tqdm
 from utils.errors import UserError, raise_if_machines
 from utils.files import sha256, sweep, write_whole
 
-# block, blocks in layer1..4, and what sets SENet154 apart from the SE-ResNets and SE-ResNeXts (arXiv:1709.01507).
-_SENET154 = dict(groups=64, inplanes=128, input_3x3=True, downsample_kernel_size=3, downsample_padding=1)
-_RESNET = dict(groups=1, inplanes=64, input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
-_RESNEXT = dict(_RESNET, groups=32)
-BACKBONES = {
-    'senet154': (senet.SEBottleneck, [3, 8, 36, 3], _SENET154),
-    'seresnext101': (senet.SEResNeXtBottleneck, [3, 4, 23, 3], _RESNEXT),
-    'seresnext50': (senet.SEResNeXtBottleneck, [3, 4, 6, 3], _RESNEXT),
-    'seresnet152': (senet.SEResNetBottleneck, [3, 8, 36, 3], _RESNET),
-    'seresnet101': (senet.SEResNetBottleneck, [3, 4, 23, 3], _RESNET),
-    'seresnet50': (senet.SEResNetBottleneck, [3, 4, 6, 3], _RESNET),
-    'seresnext26': (senet.SEResNeXtBottleneck, [2, 2, 2, 2], _RESNEXT),  # for a CPU; no ImageNet weights exist
-    'seresnext14': (senet.SEResNeXtBottleneck, [1, 1, 1, 1], _RESNEXT),  # likewise
-}
-ALIASES = {'se_resnext101_32x4d': 'seresnext101', 'se_resnext50_32x4d': 'seresnext50',
-           'se_resnet50': 'seresnet50', 'se_resnet101': 'seresnet101', 'se_resnet152': 'seresnet152'}
-
+BACKBONES = {  # by their names in timm
+    'senet154': 'legacy_senet154', 'seresnext101': 'legacy_seresnext101_32x4d', 'seresnext50': 'legacy_seresnext50_32x4d',
+    'seresnet152': 'legacy_seresnet152', 'seresnet101': 'legacy_seresnet101', 'seresnet50': 'legacy_seresnet50',
+    'seresnext26': 'legacy_seresnext26_32x4d', 'seresnext14': 'legacy_seresnext26_32x4d'}  # for a CPU; the last with [1, 1, 1, 1]
 # ImageNet weights with RGB input. The hex digits at a name's end are the start of the file's SHA-256, which is checked.
 # Two file names a backbone: timm's release, and pretrainedmodels' own (same keys), whose host is plain http: local only.
 _MIRRORS = ['https://github.com/huggingface/pytorch-image-models/releases/download/{folder}/{name}',
@@ -43,6 +29,7 @@ _MIRRORS = ['https://github.com/huggingface/pytorch-image-models/releases/downlo
 WEIGHTS = {
     'senet154': ('v0.1-weights', 'legacy_senet154-e9eb9fe6.pth', 'senet154-c7b49a05.pth'),
     'seresnext101': ('v0.1-weights', 'legacy_se_resnext101_32x4d-37725eac.pth', 'se_resnext101_32x4d-3b2fe3d8.pth'),
+    'seresnext26': ('v0.1-weights', *2 * ('seresnext26_32x4d-65ebdb501.pth',)),
     'seresnext50': ('v0.1-weights', 'legacy_se_resnext50_32x4d-f3651bad.pth', 'se_resnext50_32x4d-a260b3a4.pth'),
     'seresnet50': ('v0.1-cadene', 'se_resnet50-ce0d4300.pth', 'se_resnet50-ce0d4300.pth'),
     'seresnet101': ('v0.1-cadene', 'se_resnet101-7e38fcc6.pth', 'se_resnet101-7e38fcc6.pth'),
@@ -52,19 +39,12 @@ SILENCE = 60  # seconds without a byte until a mirror is given up
 FROZEN_LAYERS = ('layer0', 'layer1', 'layer2')  # what `freeze` holds still in a SENet (the competition's first place)
 
 
-def check_model_name(model_name):
-    """The canonical name, or a UserError that offers the nearest ones."""
-    name = ALIASES.get(model_name, model_name)
-    if name in BACKBONES:
+def check_model_name(name):
+    """The name, or a UserError that offers the nearest ones."""
+    if name in BACKBONES or name.startswith('timm/') and timm.is_model(name[5:].split('.')[0]):
         return name
-    if name.startswith('timm/'):
-        if timm.is_model(name[5:].split('.')[0]):
-            return name
-        near = difflib.get_close_matches(name[5:], timm.list_models(), n=3, cutoff=0.5)
-        raise UserError(f"timm has no model '{name[5:]}'; the nearest names are: "
-                        f"{', '.join('timm/' + n for n in near) or 'none, see timm.list_models()'}")
-    near = difflib.get_close_matches(name, [*BACKBONES, *ALIASES], n=3, cutoff=0.4)
-    raise UserError(f"model_name = '{model_name}' is not known; " + (f"did you mean {' or '.join(near)}? " if near else '')
+    near = difflib.get_close_matches(name, [*BACKBONES, *(f'timm/{other}' for other in timm.list_models())], n=3, cutoff=0.4)
+    raise UserError(f"model_name = '{name}' is not known; " + (f"did you mean {' or '.join(near)}? " if near else '')
                     + f"There are {', '.join(BACKBONES)} and timm/NAME.")
 
 
@@ -75,9 +55,7 @@ def build_backbone(model_name, height=256, width=512):
     changes the output of the three-channel network.
     """
     name = check_model_name(model_name)
-    model = TimmBackbone(name[5:], height, width) if name.startswith('timm/') else SENetBackbone(name)
-    widen_stem(model)
-    return model
+    return TimmBackbone(name[5:], height, width) if name.startswith('timm/') else SENetBackbone(name)
 
 
 class Pointwise(nn.Conv2d):
@@ -119,64 +97,71 @@ class SqueezeExcite(senet.SEModule):
 
 
 class SENetBackbone(nn.Module):
-    """layer0..layer4 of pretrainedmodels' SENet, strides 4, 4, 8, 16, 32."""
+    """layer0..layer4 of timm's SENet, which is pretrainedmodels' own; strides 4, 4, 8, 16, 32."""
 
     def __init__(self, name):
         super().__init__()
-        block, layers, options = BACKBONES[name]
-        network = senet.SENet(block, layers, reduction=16, dropout_p=None, num_classes=1, **options)
-        for layer in ('layer0', 'layer1', 'layer2', 'layer3', 'layer4'):
+        layers = {'layers': [1, 1, 1, 1]} if name == 'seresnext14' else {}
+        network = timm.create_model(BACKBONES[name], in_chans=4, num_classes=0, **layers)
+        for layer in ('layer0', 'pool0', 'layer1', 'layer2', 'layer3', 'layer4'):
             setattr(self, layer, getattr(network, layer))
         for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()  # torch's own start, not timm's
             if isinstance(module, senet.SEModule):  # in each case the same parameters under the same names
                 module.__class__ = SqueezeExcite
             elif isinstance(module, nn.Conv2d) and module.groups > 1:
                 module.__class__ = Grouped
             elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
                 module.__class__ = Pointwise
-        self.channels = 512 * block.expansion
+        blind_stem(self)
+        self.channels = network.num_features
 
     def forward(self, x):
-        return self.layer4(self.layer3(self.layer2(self.layer1(self.layer0(x)))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.pool0(self.layer0(x))))))
 
 
 class TimmBackbone(nn.Module):
-    """Any timm network; tokens and channels-last maps are brought into (B, C, h, w)."""
+    """Any timm network that gives a map of features; tokens and channels-last maps are brought into (B, C, h, w)."""
 
     def __init__(self, name, height, width):
         super().__init__()
-        self.options = dict(num_classes=0, global_pool='', img_size=(height, width))
+        self.options: dict[str, Any] = dict(num_classes=0, global_pool='')
         try:
-            self.network = timm.create_model(name, **self.options)
-        except TypeError:  # a convolutional network, which takes any size and has no such argument
-            del self.options['img_size']
-            self.network = timm.create_model(name, **self.options)
-        self.channels = self.network.num_features
+            try:
+                self.network = timm.create_model(name, in_chans=4, img_size=(height, width), **self.options)
+                self.options['img_size'] = height, width
+            except TypeError:  # a convolutional network, which takes any size and has no such argument
+                self.network = timm.create_model(name, in_chans=4, **self.options)
+            blind_stem(self)
+            self.channels = self.network.num_features
+            with torch.no_grad():
+                found = self.eval()(torch.zeros(1, 4, height, width)).shape
+            if len(found) != 4 or found[1] != self.channels:
+                raise ValueError(f'its features have the shape {tuple(found)}')
+        except Exception as error:  # many kinds: networks for one size only, of several maps, without a stem
+            raise_if_machines(error)
+            raise UserError(f'timm/{name} gives no map of features from {height}x{width} pixels ({error}): choose another '
+                            'network, or another height and width') from error
+        self.train()
 
     def forward(self, x):
         features = self.network.forward_features(x)
         if features.dim() == 3:  # (B, tokens, C)
-            features = features[:, self.network.num_prefix_tokens:]
-            cut: Any = self.network.patch_embed
-            size = cut.dynamic_feat_size(x.shape[-2:]) if hasattr(cut, 'dynamic_feat_size') else cut.grid_size
-            return features.transpose(1, 2).unflatten(2, size)  # (B, C, h, w)
+            features = features[:, getattr(self.network, 'num_prefix_tokens', 0):]
+            rows = round((features.shape[1] * x.shape[2] / x.shape[3]) ** 0.5)
+            return features.transpose(1, 2).unflatten(2, (rows, -1))  # (B, C, h, w)
         if features.shape[1] != self.channels:  # (B, h, w, C)
             features = features.permute(0, 3, 1, 2)
         return features
 
 
-def widen_stem(model):
-    """Give the first convolution a fourth input channel whose filter is zero."""
-    parent, name, stem = next(
-        (parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-        if isinstance(child, nn.Conv2d) and child.in_channels == 3)
-    wide = nn.Conv2d(4, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None)
-    with torch.no_grad():
-        wide.weight.zero_()
-        wide.weight[:, :3] = stem.weight
-        if stem.bias is not None and wide.bias is not None:
-            wide.bias.copy_(stem.bias)
-    setattr(parent, name, wide)
+def blind_stem(model):
+    """The first convolution's filter of the fourth input channel, the mask, starts at zero. ValueError if it has none."""
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is None or stem.in_channels != 4:
+        raise ValueError('its first layer is no convolution of the image')
+    nn.init.zeros_(stem.weight[:, 3:])
 
 
 def fold_batch_norms(backbone):
@@ -201,7 +186,8 @@ def load_imagenet(backbone, model_name, weights_dir='weights'):
         except Exception as error:  # the hub's client raises many kinds; the cause stands in the sentence
             raise UserError(f'the weights of {name} could not be fetched ({error}); '
                             'set pretrained = False to train from random weights') from error
-        state = {f'network.{key}': value for key, value in source.state_dict().items()}
+        fill(backbone, {f'network.{key}': value for key, value in source.state_dict().items()}, name)
+        require_blind(backbone, source, name)
     else:
         file = _weights_file(name, Path(weights_dir))
         try:
@@ -209,7 +195,7 @@ def load_imagenet(backbone, model_name, weights_dir='weights'):
         except Exception as error:  # torch raises many kinds
             raise_if_machines(error)
             raise UserError(f'{file} holds no weights ({type(error).__name__}): delete it and run again') from error
-    fill(backbone, state, name)
+        fill(backbone, state, name)
 
 
 def fill(backbone, state, name):
@@ -219,15 +205,21 @@ def fill(backbone, state, name):
     for key, value in state.items():
         if key in own and own[key].dim() == 4 and own[key].shape[1] == 4 and value.shape[1] == 3:
             state[key] = torch.cat([value, torch.zeros_like(value[:, :1])], 1)  # (out, 4, k, k)
-    optional = {key for key in own if key.endswith('num_batches_tracked')}  # files older than torch 0.4.1 lack them
-    missing = sorted(set(own) - set(state) - optional)
-    unknown = sorted(set(state) - set(own))
-    wrong = sorted(key for key in set(own) & set(state) if own[key].shape != state[key].shape)
-    for what, keys in (('no weights for', missing), ('weights of another shape for', wrong), ('unknown layers', unknown)):
-        if keys:
-            raise UserError(f'the weight file does not fit {name}: {what} {", ".join(keys[:3])}'
-                            + (f' and {len(keys) - 3} more' if len(keys) > 3 else ''))
-    backbone.load_state_dict({**{key: own[key] for key in optional}, **state})
+    counts = {key: own[key] for key in own if key.endswith('num_batches_tracked')}  # files older than torch 0.4.1 lack them
+    try:
+        backbone.load_state_dict({**counts, **state})
+    except RuntimeError as error:
+        raise UserError(f'the weight file does not fit {name}: {" ".join(str(error).split())[:300]}') from error
+
+
+@torch.no_grad()
+def require_blind(backbone, source, name):
+    """UserError unless a timm network gives what its three-channel `source` does: some normalise the first layer's weights."""
+    image = torch.rand(1, 4, *backbone.options.get('img_size', (64, 64)))
+    found, expected = (net.eval().forward_features(part) for net, part in ((backbone.network, image), (source, image[:, :3])))
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()):
+        raise UserError(f"{name}'s first layer does not bear a fourth channel: choose another network, or set pretrained = False")
+    backbone.train()
 
 
 def _weights_file(name, weights_dir):
@@ -283,20 +275,19 @@ def freeze_early(backbone):
     """Stop the early layers: no gradient, and batch norm statistics that stand still (see `train_mode`).
 
     SENets: layer0, layer1, layer2. timm networks: the first half of the groups that timm itself counts (stem, stages).
-    Raises UserError when a layer to freeze is not there.
+    Raises UserError for a network that has no such groups.
     """
     if isinstance(backbone, TimmBackbone):
         network = backbone.network
+        if not hasattr(network, 'group_matcher'):
+            raise UserError('this model_name does not say which of its layers are early ones: set freeze = False')
         groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # name -> group
         early = sorted(set(groups.values()))[:math.ceil(len(set(groups.values())) / 2)]
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(groups[name] not in early)
         return
-    layers = dict(backbone.named_children())
     for layer in FROZEN_LAYERS:
-        if layer not in layers:
-            raise UserError(f'freeze: this backbone has no {layer}; it has {", ".join(layers)}')
-        layers[layer].requires_grad_(False)
+        getattr(backbone, layer).requires_grad_(False)
 
 
 def train_mode(module):

@@ -93,7 +93,7 @@ def test_threshold_comes_from_training_alone(easy):
 
 
 def test_of_a_folder(tmp_path):
-    draw_sample(tmp_path / 'sample', num_ids=4, workers=1)
+    draw_sample(tmp_path / 'sample', num_ids=4)
     table = baselines_of(tmp_path / 'sample')
     assert ((table >= 0) & (table <= 1)).all(axis=None)
     labels = tmp_path / 'sample' / 'test_labels.csv'

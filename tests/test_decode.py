@@ -125,7 +125,7 @@ def test_broken_files_are_named_by_the_check_and_by_the_reader(tmp_path, picture
     (tmp_path / 'thumbnailed.jpg').write_bytes(thumbnailed(picture))
     (tmp_path / 'good.jpg').write_bytes(encode(picture, format='JPEG'))
     paths = [str(path) for path in [*sorted(tmp_path.iterdir()), tmp_path / 'gone.jpg']]
-    bad = find_bad_images(paths, workers=3)
+    bad = find_bad_images(paths)
     assert {os.path.basename(path)[:-4] for path in bad} == {*broken, 'gone'}
     for name, (_, reason) in broken.items():
         path = str(tmp_path / f'{name}.jpg')

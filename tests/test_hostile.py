@@ -247,7 +247,7 @@ def mend_png(data):
 def use_image(path):
     """As a photograph and as a mask, decoded and cut, and as a thumbnail."""
     frame = pd.DataFrame(dict(path=[str(path)] * 2, mask_path=[None, str(path)], mask_rle=None, **dict.fromkeys(BOX, np.nan)))
-    bad = find_bad_images([str(path)], workers=1)
+    bad = find_bad_images([str(path)])
     marks = fingerprints([str(path)])
     assert marks.shape == (1, 1024) and np.isfinite(marks).all()
     crops = Crops(frame, 32, 64, path.parent, workers=1, cache='none')

@@ -1,6 +1,5 @@
 """What a data folder holds, in two pictures: python -m utils.figures data"""
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from data.duplicates import SAME, fingerprints
 from data.tables import BOX, NEW_WHALE, load_tables, read_csv, refuse
 from utils.errors import UserError
 from utils.figures import BLUE, DARK, GREY, ORANGE, dress, histogram, plot_found, save
-from utils.log import progress_bar
+from utils.log import in_threads
 
 SAMPLE = 2000   # labelled photographs, drawn at random, that are decoded to count greyscale ones
 BLANK = None, None, (0, 0, 0, 0), ''  # a tile
@@ -48,11 +47,6 @@ def draw_data(data_dir):
     print(', '.join(f'{caption}: {number}' for caption, number in numbers.items()) + f'\nwritten: {name}_numbers.png')
     if len(some):
         draw_photographs(f'{name}_photographs.png', labelled, some)
-
-
-def in_threads(function, paths, what):
-    with ThreadPoolExecutor() as pool:
-        return list(progress_bar(pool.map(function, paths), total=len(paths), desc=what, unit='img', disable=len(paths) < 2000))
 
 
 def read_sizes(csv, frame, readable):

@@ -46,12 +46,6 @@ def compile_network(net, compile, device):
 def amp_dtype(precision, device):
     """The dtype of autocast, None for float32. 'auto' is bf16 where the hardware multiplies in it."""
     torch.backends.cudnn.allow_tf32 = precision != 'fp32'  # float32 then means float32, on a GPU too
-    if precision == 'fp32':
-        return None
-    if precision == 'auto':
-        if 'cuda' in device:
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()
-        return torch.bfloat16 if native else None
-    return torch.bfloat16
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if 'cuda' in device else \
+        getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()
+    return torch.bfloat16 if precision == 'bf16' or precision == 'auto' and native else None

@@ -3,9 +3,9 @@ import errno
 import fcntl
 import hashlib
 import os
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from utils.errors import UserError
 
@@ -18,20 +18,19 @@ def write_whole(path, write):
     A reader, or a run that was killed half-way, sees the old file or the new one and never a part of either.
     `temporary_path` keeps `path`'s suffix, since some writers choose their format by it.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f'{PART}{uuid4().hex}{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=path.suffix)
-        with open(handle, 'rb') as lock:
+        with open(temporary, 'xb') as lock:
             _locked(lock)  # so `sweep` does not take it for one that was left behind
             write(temporary)
             with open(temporary, 'rb') as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
     except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         if not isinstance(error, OSError) and 'unexpected pos' not in str(error) and 'StreamWriter' not in str(error):
             raise
         why = getattr(error, 'errno', None) or errno.EIO  # torch and numpy hide it
@@ -84,9 +83,3 @@ def _locked(file):
     except OSError as error:
         return not isinstance(error, BlockingIOError)
     return True
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,5 +1,6 @@
 """The training log: a fixed-width table, one row an evaluation; and the same rows as a CSV."""
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakSet
 
@@ -52,3 +53,9 @@ def progress_bar(iterable=None, **options):
     if sys.stderr.isatty():
         return tqdm(iterable, mininterval=0.5, dynamic_ncols=True, **options)
     return _Lines(iterable, mininterval=30, **options)
+
+
+def in_threads(function, items, what):
+    """The function's result of each item, in order, under a bar where they are many."""
+    with ThreadPoolExecutor() as pool:
+        return list(progress_bar(pool.map(function, items), total=len(items), desc=what, unit='img', disable=len(items) < 2000))

@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data.tables import NEW_WHALE, read_csv, read_labels
 from utils.errors import UserError, exit_clearly
 from utils.files import write_whole
-
-NEW_WHALE = 'new_whale'
 
 
 def rank_of_truth(scores, truth, threshold):
@@ -95,11 +94,8 @@ def insert_new_whale(values, order, num_ids, threshold):
     return torch.where(column < place, before, behind).scatter(1, place, new)[:, :5]
 
 
-def check_submission(frame, sample, name='the submission', most=5):
-    """Raise UserError unless `frame` names each image of `sample` once, with 1 to `most` different labels."""
-    for column in ('Image', 'Id'):
-        if column not in frame:
-            raise UserError(f'{name} has no column {column!r}; it needs the columns Image and Id')
+def check_submission(frame, sample, name='the submission'):
+    """Raise UserError unless `frame` names each image of `sample` once, with 1 to 5 different labels."""
     frame, images, wanted = frame.reset_index(drop=True), frame['Image'], sample['Image']
     labels = frame['Id'].str.split().explode()
     count = labels.notna().groupby(level=0).sum()
@@ -108,7 +104,7 @@ def check_submission(frame, sample, name='the submission', most=5):
             (images[~images.isin(wanted)], 'has an image that is not asked for:'),
             (wanted[~wanted.isin(images)], 'has no row for'),
             (frame['Image'][count == 0], 'has no label for'),
-            (frame['Image'][count > most], f'has more than {most} labels for'),
+            (frame['Image'][count > 5], 'has more than 5 labels for'),
             (frame['Image'][labels.groupby(level=0).nunique() < count], 'has the same label twice for')):
         if len(wrong):
             others = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
@@ -120,7 +116,7 @@ def write_submission(path, images, answers, ids, sample_path):
 
     `answers` (Q, min(5, N + 1)) index the N `ids`, N being new_whale, as insert_new_whale gives them for `images`.
     """
-    sample, wanted = read_answers(sample_path), min(5, len(ids) + 1)
+    sample, wanted = read_csv(sample_path, ['Image']), min(5, len(ids) + 1)
     labels = np.array([*ids, NEW_WHALE])[np.asarray(answers)]
     frame = pd.DataFrame({'Image': list(images), 'Id': [' '.join(row) for row in labels]})
     check_submission(frame, sample)
@@ -135,12 +131,11 @@ def score_submission(submission_csv, labels_csv):
 
     named_top1 looks only at images of known whales, and at the first label that is not new_whale.
     """
-    frame, truth = read_answers(submission_csv), read_answers(labels_csv)
-    check_submission(truth, truth, Path(labels_csv).name, most=1)
+    frame, truth = read_csv(submission_csv, ['Image', 'Id'], unique=False), read_labels(labels_csv)
     check_submission(frame, truth, Path(submission_csv).name)
     guesses = frame.set_index('Image').loc[truth['Image'], 'Id']
     guesses = guesses.str.split(expand=True).to_numpy()  # (Q, <= 5)
-    answer = truth['Id'].str.strip().to_numpy()
+    answer = truth['Id'].to_numpy()
     right = guesses == answer[:, None]
     ranks = torch.from_numpy(np.where(right.any(1), right.argmax(1), 5))
     named = answer != NEW_WHALE
@@ -149,19 +144,6 @@ def score_submission(submission_csv, labels_csv):
     return {'map5': map_at_5(ranks).item(), 'top1': top_k(ranks, 1).item(),
             'named_top1': named_right.mean().item() if named.any() else float('nan'),
             'images': len(answer), 'named': int(named.sum())}
-
-
-def read_answers(path):
-    """A CSV with a column Image as a frame of texts, blanks being empty; UserError for anything else."""
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise UserError(f'there is no file {path}') from None
-    except (ValueError, OSError) as error:
-        raise UserError(f'{path} cannot be read as a CSV: {error}') from None
-    if 'Image' not in frame or frame.empty:
-        raise UserError(f'{path} has no rows with a column Image')
-    return frame
 
 
 @exit_clearly
