@@ -67,7 +67,7 @@ RULES = {
 
 @exit_clearly
 def main(argv):
-    c = read_constants(__file__, argv, RULES)
+    c = read_constants(globals(), argv, RULES)
     c.device = choose_device(c.device, c.threads)
     files = find_files(c)
     if c.weights and len(c.weights) != len(files):

@@ -26,7 +26,7 @@ from models.backbone import check_model_name, freeze_early, load_imagenet, train
 from models.losses import arcface_margins
 from models.whale_net import whale_net
 from utils import checkpoint, ranks
-from utils.constants import SHARED_RULES, one_of, read_constants, rule, write_constants
+from utils.constants import SHARED_RULES, one_of, read_constants, rule
 from utils.device import amp_dtype, choose_device, compile_network
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_batch, plot_curves
@@ -123,7 +123,7 @@ NEVER = 10 ** 9  # later than any iteration
 
 @exit_clearly
 def main(argv):
-    c = read_constants(__file__, argv, RULES)
+    c = read_constants(globals(), argv, RULES)
     c.model_name = check_model_name(c.model_name)
     unread = {'one': (), 'all': ('min_num_class', 'freeze', 'lr'),
               'cosine': ('min_num_class', 'freeze', 'weight_decay')}[c.stages]
@@ -217,7 +217,8 @@ def train_step(c, step, data, folder, state, clock):
     why_not = compile_network(net, c.compile, c.device)
     model = DistributedDataParallel(net) if ranks.world() > 1 else net  # the same weights; it averages the gradients
     if ranks.rank() == 0:
-        write_constants(c, folder / 'constants.txt')  # the first thing written: all that can be refused has been by now
+        lines = ''.join(f'{name} = {value!r}\n' for name, value in vars(c).items())  # written first, when nothing is refused any more
+        write_whole(folder / 'constants.txt', lambda path: Path(path).write_text(lines, encoding='utf-8'))
     rows = data.rows[step['min_num_class']]
     sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes, c.images_per_id,
                            c.seed + 1000 * step['step'])

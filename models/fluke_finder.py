@@ -56,7 +56,7 @@ LEARNING = 'train_on photographs iterations batch_size lr height width seed prec
 
 @exit_clearly
 def main(argv):
-    c = read_constants(__file__, argv, RULES)
+    c = read_constants(globals(), argv, RULES)
     c.device, folder, results = choose_device(c.device, c.threads), Path(c.data_dir), Path('results') / c.run
     if c.data_dir == 'data/sample' and not folder.exists():
         draw_sample(folder)

@@ -305,7 +305,7 @@ def settled(trained, drawn):
     """Trained, with what an answer needs: constants, the table, and a function that answers with a checkpoint."""
     assert trained.answer().code == 0
     given = arguments(data_dir=drawn, run='r', device='cpu', threads=1, precision='fp32')
-    c = read_constants(answer.__file__, given, answer.RULES)
+    c = read_constants(vars(answer), given, answer.RULES)
     tables, crops = load_tables(drawn), {}
     table, asked = tables.train.sort_values('Image', ignore_index=True), tables.test.assign(bad=False)
 
@@ -316,7 +316,7 @@ def settled(trained, drawn):
         answer.validate([scores], [1.0], table, asked)
 
     given = arguments(**together(data_dir=drawn, max_iters=4, eval_every=2))
-    return SimpleNamespace(scripts=trained, member=member, training=read_constants(train.__file__, given, train.RULES))
+    return SimpleNamespace(scripts=trained, member=member, training=read_constants(vars(train), given, train.RULES))
 
 
 WAYS = st.sampled_from([0, 0, 1, 1, 1, 2])

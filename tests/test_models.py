@@ -147,7 +147,8 @@ def test_no_weights_exist_for_the_smallest():
 
 
 @pytest.mark.parametrize('typo, near', [
-    ('senet145', 'senet154'), ('seresnext5', 'seresnext50'), ('timm/resnet19', 'timm/resnet18'), ('se_resnext101_32x4d', 'seresnext101')])
+    ('senet145', 'senet154'), ('seresnext5', 'seresnext50'), ('timm/resnet19', 'timm/resnet18'),
+    ('se_resnext101_32x4d', 'seresnext101')])
 def test_a_typo_gets_the_nearest_names(typo, near):
     with pytest.raises(UserError, match=near):
         check_model_name(typo)
