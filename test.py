@@ -125,7 +125,7 @@ def main(argv):
     drawn = [name for name, wanted in pictures if member and wanted]
     print(', '.join([f'written: {folder}/submission.csv', 'scores.npz', *drawn]))
     if c.pseudo_label_min_score:
-        write_pseudo_labels(c, asked, len(tables.test), values[:, 0], order[:, 0], tables)
+        write_pseudo_labels(c, asked, len(tables.test), values[:, 0], order[:, 0], ids, tables)
 
 
 def find_files(c):
@@ -136,7 +136,7 @@ def find_files(c):
         if run.endswith('.npz'):
             files.append(Path(run))
         else:
-            files += [checkpoint.find(Path('results') / run, int(name) if name.isdigit() else name) for name in names]
+            files += [checkpoint.find(Path('results') / run, int(name) if name.isdecimal() else name) for name in names]
     return files
 
 
@@ -188,10 +188,10 @@ def enrol_photographs(c, files, train, ids, crops):
               f'{len(member.ids)} trained ones: {member.gallery_file}')
 
 
-def write_pseudo_labels(c, asked, num_test, best, order, tables):
+def write_pseudo_labels(c, asked, num_test, best, order, ids, tables):
     """pseudo_labels.csv in the data folder: what is sure enough to learn from."""
-    best, order, train = best.numpy().copy(), order.numpy().copy(), tables.train
-    names = np.array([*tables.ids, ''], object)[order.clip(max=tables.num_ids)]  # '': only enrolled, so train.py has no class
+    best, train, known = best.numpy().copy(), tables.train, set(tables.ids)
+    names = np.array([name if name in known else '' for name in ids], object)[order.numpy()]  # '': train.py has no class of it
     rest = asked['path'][num_test:]
     twin = twins(fingerprints(train['path']), fingerprints(rest)) if len(rest) else np.empty(0, int)
     shared = num_test + np.flatnonzero((twin >= 0) & (train['Id'].to_numpy()[twin] != NEW_WHALE))
@@ -211,7 +211,7 @@ def draw_matches(member, path, count, asked, surest, answers):
     chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).long()]
     likeness = (1 + member.likeness(chosen.numpy())) / 2  # (count, G)
     best = likeness.topk(min(5, int((~member.enrolled).sum())))  # (count, 5)
-    places = member.gallery.columns[best.indices].cpu().numpy()  # (count, 5) in the gallery
+    places = best.indices.cpu().numpy()  # (count, 5) in the gallery
     rows = np.array([pd.Index(member.train['Image']).get_indexer(member.images[row]) for row in places])
     names = [*member.all_ids, NEW_WHALE]
     titles = [f'{asked["Image"].iloc[q]}: {names[answers[q, 0]]}' for q in chosen.tolist()]

@@ -163,7 +163,8 @@ def run_steps(c, part, folder):
             say(state, note)
         if c.grad_accumulation > 1:
             say(state, f'batches of {c.batch_size} in {c.grad_accumulation} parts of {part}: triplets and batch norm within each')
-    clock = Clock(state['elapsed'], 0)
+    # An evaluation sees each image and its mirror, forward; a backward pass takes twice the time of that.
+    clock = Clock(state['elapsed'], 0, each=2 * len(data.valid_rows) / (3 * c.batch_size))
     for step in steps:
         clock.limit = 60 * c.max_minutes * step['share']
         if state['step'] != step['step']:
@@ -216,8 +217,8 @@ def train_step(c, step, data, folder, state, clock):
             averaged.n_averaged.fill_(state['iteration'])
     why_not = compile_network(net, c.compile, c.device)
     model = DistributedDataParallel(net) if ranks.world() > 1 else net  # the same weights; it averages the gradients
-    if ranks.rank() == 0:
-        lines = ''.join(f'{name} = {value!r}\n' for name, value in vars(c).items())  # written first, when nothing is refused any more
+    if ranks.rank() == 0:  # written first, when nothing is refused any more
+        lines = ''.join(f'{name} = {value!r}\n' for name, value in vars(c).items())
         write_whole(folder / 'constants.txt', lambda path: Path(path).write_text(lines, encoding='utf-8'))
     rows = data.rows[step['min_num_class']]
     sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes, c.images_per_id,
@@ -276,7 +277,7 @@ def train_step(c, step, data, folder, state, clock):
             evaluate_now = state['iteration'] % c.eval_every == 0 or state['iteration'] >= c.max_iters or out_of_time
             if state['iteration'] % 20 == 0 or evaluate_now:  # the only places that wait for the device
                 mean = dict(zip(MEASURED, (sums / sums[-1]).tolist()))
-                left = f', {duration(60 * c.max_minutes - clock.elapsed())} left' if c.max_minutes else ''
+                left = f', {duration(max(0, 60 * c.max_minutes - clock.elapsed()))} left' if c.max_minutes else ''
                 bar.set_postfix_str(f'loss {mean["loss"]:.3f}, MAP@5 {mean["train_map5"]:.3f}{left}', refresh=False)
                 refuse_bad_loss(bad, data, sampler, folder)
             if evaluate_now:

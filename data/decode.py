@@ -82,10 +82,13 @@ def _read_header(path, file):
 
 
 def read_size(path):
-    """Width and height of an image file, upright, by its header alone. Raises BadImage."""
-    with open(path, 'rb') as file:
-        header = _read_header(path, file)
-        return header.size[::-1] if header.getexif().get(0x0112, 1) > 4 else header.size  # Exif's orientation
+    """Width and height of an image file, upright; NaN where they cannot be read."""
+    try:
+        with open(path, 'rb') as file:
+            header = _read_header(path, file)
+            return header.size[::-1] if header.getexif().get(0x0112, 1) > 4 else header.size  # Exif's orientation
+    except Exception:  # decoders raise whatever a broken file leads them to
+        return float('nan'), float('nan')
 
 
 def _require_end(path, header, data):

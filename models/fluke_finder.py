@@ -83,6 +83,9 @@ def list_photographs(folder):
     if frame.empty:
         raise UserError(f'{folder} has no photographs in train/, test/ or playground/train/: put them there, or draw the '
                         'sample with `python -m data.make_sample`')
+    shared = frame['Image'][frame['Image'].map(lambda name: Path(name).stem).duplicated(keep=False)]
+    if len(shared):
+        raise UserError(f'{folder} has photographs whose masks would share a name ({", ".join(shared[:4])}): rename one of them')
     add_boxes_and_masks((frame,), folder, [])
     written = pd.DataFrame(columns=['Image', *BOX, 'mask'])
     if (folder / 'fluke_finder.csv').is_file():

@@ -57,5 +57,25 @@ def test_enrolled_ids_are_no_pseudo_labels(trained, photos, tmp_path):
     assert trained.train(run='distilled', data_dir=photos, pseudo_label_weight=0.5, max_iters=1).code == 0
 
 
+def test_saved_scores_give_pseudo_labels_by_name(trained, photos):
+    """An id that has joined train.csv since moves the numbers of those behind it."""
+    saved = trained.answer(data_dir=photos).folder / 'scores.npz'
+    settings = dict(data_dir=photos, run=saved, pseudo_label_min_score=0.0001, pseudo_new_max_score=0.0)
+    assert trained.answer(**settings).code == 0
+    before = pd.read_csv(photos / 'pseudo_labels.csv').set_index('Image')
+    with open(photos / 'reviewed.csv', 'a') as file:
+        file.write('Image,Id\nt00.jpg,a_new_name\n')
+    assert trained.answer(**settings).code == 0
+    after = pd.read_csv(photos / 'pseudo_labels.csv').set_index('Image')
+    assert (after['Id'] == before['Id'][after.index]).all() and len(after) > 9
+
+
+def test_a_test_photograph_that_was_replaced_is_compared_anew(trained, photos):
+    assert 'test images show' not in trained.train(data_dir=photos, run='before', max_iters=1).out
+    copied = pd.read_csv(photos / 'train.csv')['Image'].iloc[0]
+    cv2.imwrite(str(photos / 'test/t02.jpg'), cv2.imread(str(photos / 'train' / copied)), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    assert '1 test images show a photograph' in trained.train(data_dir=photos, run='after', max_iters=1).out
+
+
 def test_without_a_file_of_pseudo_labels(trained):
     assert_refused(trained.train(run='other', pseudo_label_weight=1.0), 'pseudo_labels.csv', 'pseudo_label_min_score')

@@ -123,4 +123,9 @@ def test_size_by_the_header(tmp_path):
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new('RGB', (40, 20)).save(tmp_path / 'turned.jpg', exif=exif)
     Image.new('L', (40, 20)).save(tmp_path / 'plain.png')
+    Image.effect_noise((40, 20), 50).save(tmp_path / 'rubbish.png')
+    damaged = bytearray((tmp_path / 'rubbish.png').read_bytes())
+    damaged[60] ^= 255  # in the pixels: sound for those who look at the header and the end
+    (tmp_path / 'rubbish.png').write_bytes(damaged)
+    assert np.isnan(read_size(tmp_path / 'rubbish.png')).all() and np.isnan(read_size(tmp_path / 'absent.png')).all()
     assert read_size(tmp_path / 'turned.jpg') == (20, 40) and read_size(tmp_path / 'plain.png') == (40, 20)

@@ -41,6 +41,12 @@ def test_curves_follow_one_another_across_steps(tmp_path, saved):
         assert list(axes.lines[-1].get_xdata()) == [30, 30]  # the border of the steps
 
 
+def test_a_step_that_begins_with_a_later_iteration_follows_too(tmp_path, saved):
+    """The first ended early; its number of iterations is below that of the second's first evaluation."""
+    figures.plot_curves(evaluations().assign(iteration=[10, 20, 25, 30, 60], step=[1, 1, 1, 2, 2]), tmp_path / 'curves.png')
+    assert list(saved[0].axes[0].lines[0].get_xdata()) == [10, 20, 25, 55, 85]
+
+
 @pytest.mark.parametrize('table', [evaluations((1,)), evaluations().drop(columns='local')], ids=len)
 def test_curves_of_little_data(tmp_path, table, saved):
     figures.plot_curves(table, tmp_path / 'curves.png')

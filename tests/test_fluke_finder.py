@@ -13,6 +13,7 @@ from data.wild_photographs import draw_wild
 from models import finder_net, fluke_finder
 from tests.conftest import arguments
 from tests.conftest import snapshot as contents
+from utils.errors import UserError
 
 QUICK = dict(photographs=4, iterations=2, batch_size=2, height=32, width=64, threads=1, precision='fp32', device='cpu', run='f')
 
@@ -138,6 +139,13 @@ def test_what_the_user_mended_is_the_users(folder, monkeypatch):
     run(folder)
     assert pd.read_csv(folder / 'bboxes.csv').set_index('Image')['x1']['3.png'] == 95
     assert cv2.imread(str(folder / 'masks/4.png'), cv2.IMREAD_UNCHANGED).all()
+
+
+def test_photographs_whose_masks_would_share_a_name_are_refused(folder):
+    (folder / 'test').mkdir(exist_ok=True)
+    (folder / 'test' / '0.jpg').write_bytes((folder / 'train' / '0.png').read_bytes())
+    with pytest.raises(UserError, match='share a name .0.png, 0.jpg.'):
+        fluke_finder.list_photographs(folder)
 
 
 def test_the_sample_is_drawn_when_absent(folder, monkeypatch):

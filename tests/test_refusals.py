@@ -21,6 +21,7 @@ BAD_SETTINGS = {
     'model_name': (dict(model_name='seresnxt50'), ['seresnxt50', 'seresnext50']),
     'timm name': (dict(model_name='timm/resnet5O'), ['resnet5O', 'timm/resnet50']),
     'device': (dict(device='gpu'), ['gpu', 'cuda']),
+    'a device without numbers': (dict(device='meta'), ['meta', 'cuda']),
     'data_dir': (dict(data_dir='nowhere'), ['nowhere', 'https://www.kaggle.com', 'data.make_sample']),
     'rare ids only': (dict(min_num_class=50), ['min_num_class = 50', 'largest has']),
     'too large a batch': (dict(batch_size=48), ['batch_size = 48', 'training images']),

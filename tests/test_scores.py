@@ -64,10 +64,9 @@ def test_where_a_mirror_is_the_same_animal_both_images_ask_the_same_classifiers(
 
 def test_further_views_are_averaged():
     net, rows = StubNet(2 * IDS), np.arange(4)
-    views = ((0.0, 0.0, 1.0), (0.4, 0.0, 1.0))
-    each = [predict(net, StubCrops(), rows, HEIGHT, WIDTH, IDS, shifts=(view,)) for view in views]
-    scores, embeddings = predict(net, StubCrops(), rows, HEIGHT, WIDTH, IDS, shifts=views)
-    assert (each[0][0] - each[1][0]).abs().max() > 0.01
+    each = [predict(net, StubCrops(), rows, HEIGHT, WIDTH, IDS, scales=(scale,)) for scale in (1.0, 0.3)]
+    scores, embeddings = predict(net, StubCrops(), rows, HEIGHT, WIDTH, IDS, scales=(1.0, 0.3))
+    assert (each[0][0] - each[1][0]).abs().max() > 0.001
     assert torch.allclose(scores, (each[0][0] + each[1][0]) / 2)
     assert torch.allclose(embeddings, F.normalize(each[0][1] + each[1][1], dim=2), atol=1e-6)
 
@@ -134,8 +133,10 @@ def test_gallery_against_two_loops():
             expected[q, label] = max(expected[q, label], (1 + cosine) / 2)
     made = Gallery(gallery, labels, 5)
     assert torch.allclose(made.scores(queries), expected, atol=1e-6)
-    owner = labels[made.columns]  # likeness has a column for each image, in another order
-    assert torch.allclose((1 + made.likeness(queries)[:, owner == 2].max(1).values) / 2, expected[:, 2], atol=1e-6)
+    likeness = made.likeness(queries)
+    nearest = made.nearest_of(torch.tensor([[4, 2]] * 7), likeness)  # (7, 2)
+    assert (nearest[:, 0] == -1).all() and (labels[nearest[:, 1]] == 2).all()
+    assert torch.allclose((1 + likeness.gather(1, nearest[:, 1:])[:, 0]) / 2, expected[:, 2], atol=1e-6)
 
 
 def test_fuse():

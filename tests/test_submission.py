@@ -211,7 +211,7 @@ def test_a_bad_setting_is_refused_and_nothing_written(trained):
     before = snapshot(folder)
     for settings, words in [
             (dict(run='nothing'), ['checkpoint', 'nothing']), (dict(checkPoint_start=77), ['iteration 77']),
-            (dict(checkPoint_start='best,gone.pth'), ['gone.pth']),
+            (dict(checkPoint_start='best,gone.pth'), ['gone.pth']), (dict(checkPoint_start='²'), ['²']),
             (dict(data_dir='nowhere'), ['nowhere', 'train.csv']),
             (dict(views=2), ['views']), (dict(threshold=2), ['threshold']),
             (dict(gallery=1), ['gallery', 'gallery_weight'])]:

@@ -5,18 +5,24 @@ STARTED = time.monotonic()  # import this module first: the slow imports count t
 
 
 class Clock:
-    """`before`: seconds that earlier, interrupted runs of this training took. `limit`: seconds; 0 is none."""
+    """`before`: seconds that earlier, interrupted runs of this training took. `limit`: seconds; 0 is none.
 
-    def __init__(self, before, limit):
-        self.before, self.limit, self.reserve = before, limit, 6.0  # reserve: until an evaluation has been measured
+    `each`: the time of how many iterations an evaluation is thought to take, until one has been measured.
+    """
+
+    def __init__(self, before, limit, each=0.0):
+        self.before, self.limit, self.each, self.reserve, self.last = before, limit, each, None, None
 
     def elapsed(self):
         return self.before + time.monotonic() - STARTED
 
     def over(self):
-        """Whether the time is up, with enough of it left to evaluate and save."""
-        return bool(self.limit) and self.elapsed() + self.reserve >= self.limit
+        """After an iteration: whether the time is up, with enough of it left for one more, to evaluate, and to save."""
+        now = self.elapsed()
+        one, self.last = now - (self.last or now), now
+        reserve = 6 + self.each * one if self.reserve is None else self.reserve
+        return bool(self.limit) and now + one + reserve >= self.limit
 
     def measure(self, began):
         """Remember how long an evaluation took that began at `began` seconds: the last one, and the exit, must fit."""
-        self.reserve = 1.5 * (self.elapsed() - began) + 2
+        self.reserve, self.last = 1.5 * (self.elapsed() - began) + 2, None

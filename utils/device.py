@@ -16,6 +16,8 @@ def choose_device(device, threads=0):
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         kind = torch.device(device)
+        if kind.type not in ('cuda', 'cpu'):
+            raise RuntimeError
     except RuntimeError as error:
         raise UserError(f"device = '{device}' is no device; write 'auto', 'cuda', 'cuda:1' or 'cpu'") from error
     if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():

@@ -21,7 +21,7 @@ def plot_curves(evaluations, path):
     """
     table = evaluations if isinstance(evaluations, pd.DataFrame) else pd.read_csv(evaluations)
     before = table['iteration'].shift()
-    restarts = table['iteration'] <= before
+    restarts = table['step'].diff() > 0
     x = table['iteration'] + before.where(restarts, 0).cumsum().fillna(0)
     figure = Figure(figsize=(12, 6.4), layout='constrained')
     panels = figure.subplot_mosaic('LLLMMM;rrttaa')

@@ -15,11 +15,10 @@ from utils import checkpoint
 from utils.device import amp_dtype, compile_network
 from utils.errors import UserError, raise_if_machines
 from utils.files import sha256, write_whole
-from utils.log import progress_bar
 from utils.metrics import choose_threshold
 from utils.scores import Gallery, calibrate, fuse, predict, predict_batches
 
-VIEWS = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.93), (0.0, 0.0, 1.07))  # x, y, scale
+VIEWS = (1.0, 0.93, 1.07)  # scales
 
 
 # Arrays of the files: name -> kind of dtype, and its dimensions by letter.
@@ -58,7 +57,8 @@ def load_arrays(path, layout, remedy):
             array = arrays[name]
             if array.dtype.kind != kind or array.ndim != len(letters) or any(
                     sizes.setdefault(letter, size) != size for letter, size in zip(letters, array.shape)) or \
-                    kind == 'f' and not np.isfinite([array.min(initial=0), array.max(initial=0)]).all():
+                    kind == 'f' and not np.isfinite([array.min(initial=0), array.max(initial=0)]).all() or \
+                    name.endswith(('ids', 'images')) and len(np.unique(array)) < len(array):
                 raise ValueError(f'its {name} are not such as test.py writes')
         return arrays
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
@@ -115,9 +115,8 @@ class Member:
 
     def embed(self, crops, rows, what):
         """(n, 2, C) on the device, scores left out: those of a whole gallery may be more than memory holds."""
-        batches = predict_batches(self.net, crops, rows, *self.settings)
-        bar = progress_bar(batches, total=-(-len(rows) // self.c.batch_size), desc=f'{self.name}: {what}')
-        return torch.cat([embeddings for _, embeddings in bar])
+        batches = predict_batches(self.net, crops, rows, *self.settings, what=f'{self.name}: {what}')
+        return torch.cat([embeddings for _, embeddings in batches])
 
     def _load_gallery(self):
         """embeddings (G, 2, C), images and owners (G) of the photographs, enrolled (G): those have their file's hash as image."""
@@ -194,8 +193,8 @@ class Member:
             rows = rows[[sha256(path)[:16] not in self.images[self.enrolled] for path in self.train['path'].iloc[rows]]]
         in_fold = torch.from_numpy(np.isin(self.images, self.fold_images) & ~self.enrolled)
         truth = torch.tensor([number.get(name, len(names)) for name in self.train['Id'].iloc[rows]])
-        with progress_bar(total=len(rows), desc=f'{self.name}: validation', unit='img') as bar:
-            classifier, queries = predict(self.net, self.labelled, rows, *self.settings, progress=bar.update)  # (V, N), (V, 2, C)
+        everything = self.net, self.labelled, rows, *self.settings
+        classifier, queries = predict(*everything, what=f'{self.name}: validation')  # (V, N), (V, 2, C)
         # the fold's own images would find themselves
         rest = Gallery(self.embeddings[~in_fold], owners[~in_fold.to(device)], len(names))
         near = rest.scores(queries.to(device)).cpu()
@@ -212,22 +211,21 @@ class Member:
         table, self.test, first = on_disk(self.file.parent, (len(asked), len(names)), np.float32), self.crops_of(asked), 0
         self.queries = on_disk(self.file.parent, (len(asked), *self.embeddings.shape[1:]), np.float16)
         self.itself = pd.Index(self.images).get_indexer(asked['Image'])  # (Q,) in the gallery, if a person has named it; or -1
-        with progress_bar(total=len(asked), desc=f'{self.name}: test', unit='img') as bar:
-            for classifier, queries in predict_batches(self.net, self.test, np.arange(len(asked)), *self.settings):
-                table[first:first + len(queries)] = fuse(classifier, curve(self.gallery.scores(queries)), self.weight).cpu()
-                self.queries[first:first + len(queries)] = queries.cpu()
-                bar.update(len(queries))
-                first += len(queries)
+        everything = self.net, self.test, np.arange(len(asked)), *self.settings
+        for classifier, queries in predict_batches(*everything, what=f'{self.name}: test'):
+            table[first:first + len(queries)] = fuse(classifier, curve(self.gallery.scores(queries)), self.weight).cpu()
+            self.queries[first:first + len(queries)] = queries.cpu()
+            first += len(queries)
         table[~self.test.readable(self.c.skip_bad_images) | asked['bad'].to_numpy(bool)] = -1
         return Scores(self.name, names, asked['Image'].tolist(), table, self.train['Image'].iloc[rows].tolist(), fused)
 
     def likeness(self, rows):
-        """Of the test images `rows` (b,) and the gallery, in its order: (b, G); -2 where there is no crop to show beside it.
+        """Of the test images `rows` (b,) and the gallery: (b, G); -2 where there is no crop to show beside it.
 
         Those of enrolled photographs are not kept; and no photograph is compared with itself.
         """
-        columns = self.gallery.columns.cpu().numpy()
-        hidden = torch.from_numpy(self.enrolled[columns] | (self.itself[rows, None] == columns)).to(self.c.device)  # (b, G)
+        itself = self.itself[rows, None] == np.arange(len(self.enrolled))
+        hidden = torch.from_numpy(self.enrolled | itself).to(self.c.device)  # (b, G)
         queries = torch.from_numpy(self.queries[rows]).float().to(self.c.device)  # (b, 2, C)
         return self.gallery.likeness(queries).masked_fill(hidden, -2)
 

@@ -27,9 +27,8 @@ def write_review(path, member, images, scores, order, is_new, threshold):
     """
     folder, train = path.with_suffix(''), member.train
     places = nearest_photographs(member, order)  # (Q, 5) in the gallery, -1: none
-    used, number = np.unique(places, return_inverse=True)
-    has_none = int(len(used) > 0 and used[0] < 0)
-    used, shown = used[has_none:], number.reshape(places.shape) - has_none  # (P,) the photographs; (Q, 5) which of them
+    used = np.unique(places[places >= 0])  # (P,) the photographs
+    shown = np.where(places < 0, -1, np.searchsorted(used, places))  # (Q, 5) which of them
     reviewed = Path(member.c.data_dir) / 'reviewed.csv'
     # decisions are of the photographs, whatever network answers; elsewhere the same file name may be another photograph
     key = f'{Path(member.c.data_dir).resolve()} {path.parent.name}'
@@ -51,7 +50,7 @@ def write_review(path, member, images, scores, order, is_new, threshold):
 
 def nearest_photographs(member, order):
     """Of each test image the photograph of each of its ids `order` (Q, 5) that is most like it: (Q, 5), as `nearest_of`."""
-    blocks = [slice(first, first + 512) for first in range(0, len(order), 512)]
+    blocks = [slice(first, first + 64) for first in range(0, len(order), 64)]
     rows = np.arange(len(order))
     return torch.cat([member.gallery.nearest_of(order[block].to(member.c.device), member.likeness(rows[block])).cpu()
                       for block in blocks]).numpy()

@@ -4,24 +4,26 @@ import torch.nn.functional as F
 
 from data.augment import to_input
 from data.images import MARGIN
+from utils.log import progress_bar
 
 
 @torch.inference_mode()
 def predict_batches(net, crops, rows, height, width, num_ids, flip_is_new_id=True, batch_size=64, device='cpu', amp=None,
-                    shifts=((0.0, 0.0, 1.0),)):
+                    scales=(1.0,), what=''):
     """Yields, batch after batch of `rows` of `crops`, classifier scores (b, N) and embeddings (b, 2, C) on the device.
 
     Each image is seen as it is and mirrored; the mirror's scores are those of the flipped ids, so both speak of the
-    same N ids: (p[:, :N] + p_mirror[:, N:]) / 2. `shifts` are further views (x, y, scale), in shares of the half box,
-    averaged. `amp` is a torch dtype for autocast, None for float32.
+    same N ids: (p[:, :N] + p_mirror[:, N:]) / 2. The views at several `scales` are averaged. `amp` is a torch dtype for
+    autocast, None for float32. `what` is done, for a progress bar; '': none.
     """
     net.eval()
     second = slice(num_ids, None) if flip_is_new_id else slice(None)
-    for first in range(0, len(rows), batch_size):
+    firsts = range(0, len(rows), batch_size)
+    for first in progress_bar(firsts, desc=what, unit='img', unit_scale=batch_size, disable=not what):
         pixels, masks = (part.to(device, non_blocking=True) for part in crops[rows[first:first + batch_size]])
         scores = embeddings = torch.zeros((), device=device)
-        for x, y, scale in shifts:
-            view = torch.tensor([[scale, 0, x], [0, scale, y], [0, 0, 1.0]], device=device).expand(len(pixels), 3, 3)
+        for scale in scales:
+            view = torch.tensor([scale, scale, 1.0], device=device).diag().expand(len(pixels), 3, 3)
             images = to_input(pixels, masks, height, width, MARGIN, view)  # (b, 4, H, W)
             images = torch.cat([images, images.flip(3)]).contiguous(memory_format=torch.channels_last)  # (2b, 4, H, W)
             with torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
@@ -29,61 +31,36 @@ def predict_batches(net, crops, rows, height, width, num_ids, flip_is_new_id=Tru
             image, mirror = logits.sigmoid().chunk(2)  # (b, 2N) each
             scores = scores + (image[:, :num_ids] + mirror[:, second]) / 2
             embeddings = embeddings + torch.stack(embedding.chunk(2), 1)  # (b, 2, C)
-        yield scores / len(shifts), F.normalize(embeddings, dim=2)
+        yield scores / len(scales), F.normalize(embeddings, dim=2)
 
 
-def predict(*what, progress=lambda count: None, **more):
+def predict(*args, **options):
     """The same for all rows at once, on the CPU: scores (Q, N), embeddings (Q, 2, C)."""
-    parts = []
-    for scores, embeddings in predict_batches(*what, **more):
-        parts.append((scores.cpu(), embeddings.cpu()))
-        progress(len(scores))
+    parts = [(scores.cpu(), embeddings.cpu()) for scores, embeddings in predict_batches(*args, **options)]
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
 class Gallery:
-    """Labelled images to compare with: embeddings (G, 2, C), labels (G,) in 0..N-1, on one device.
-
-    Kept in layers, the first image of each id, then the second images, ...; ids in the order of their numbers of images,
-    so that the best of each id is a maximum of slices.
-    """
+    """Labelled images to compare with: embeddings (G, 2, C), labels (G,) in 0..N-1, on one device."""
 
     def __init__(self, embeddings, labels, num_ids):
-        counts = torch.bincount(labels, minlength=num_ids)  # (N,)
-        self.ids = counts.argsort(descending=True, stable=True)  # (N,) most images first
-        by_id = torch.argsort(self.ids.argsort()[labels], stable=True)  # (G,) images grouped by id, in that order
-        first = counts[self.ids].cumsum(0) - counts[self.ids]  # (N,) where each id begins
-        layer = torch.arange(len(labels), device=labels.device) - first.repeat_interleave(counts[self.ids])  # (G,)
-        self.columns = by_id[layer.argsort(stable=True)]  # (G,) layer after layer
-        self.layers = torch.bincount(layer).tolist()  # images in each
-        self.rows = embeddings.flatten(1)[self.columns] / 2  # (G, 2C)
+        self.rows, self.labels, self.num_ids = embeddings.flatten(1) / 2, labels, num_ids  # (G, 2C)
 
     def likeness(self, queries):
-        """(b, 2, C) -> (b, G), in the order of `columns`: the mean of two cosines, image to image, mirror to mirror."""
-        return queries.flatten(1) @ self.rows.T
+        """(b, 2, C) -> (b, G): the mean of two cosines, image to image, mirror to mirror."""
+        return (self.rows @ queries.flatten(1).T).T
 
     def scores(self, queries):
         """The best likeness of each query to each id's images: (b, 2, C) -> (b, N) in 0..1; an id without any has 0."""
-        likeness = self.likeness(queries)
-        best = torch.full((len(queries), len(self.ids)), -1.0, device=queries.device)
-        start = 0
-        for size in self.layers:
-            torch.maximum(best[:, :size], likeness[:, start:start + size], out=best[:, :size])
-            start += size
-        scores = torch.empty_like(best)
-        scores[:, self.ids] = (1 + best) / 2
-        return scores
+        likeness = self.likeness(queries).T  # (G, b)
+        best = likeness.new_full((self.num_ids, len(queries)), -1.0)
+        best.scatter_reduce_(0, self.labels[:, None].expand_as(likeness), likeness, 'amax')
+        return (1 + best.T) / 2
 
     def nearest_of(self, ids, likeness):
         """Of each query's `ids` (b, k) the image that is most like it: (b, k), its place among the G; -1: all are at -2."""
-        rank, start = self.ids.argsort()[ids], 0  # (b, k)
-        best, column = torch.full(ids.shape, -2.0, device=ids.device), torch.full_like(ids, -1)
-        for size in self.layers:
-            here = likeness.gather(1, start + rank.clamp(max=size - 1)).masked_fill(rank >= size, -2)  # (b, k)
-            column = torch.where(here > best, start + rank, column)
-            best = torch.maximum(best, here)
-            start += size
-        return torch.where(column < 0, column, self.columns[column])
+        best = likeness[:, None].masked_fill(self.labels != ids[..., None], -2).max(2)  # (b, k)
+        return torch.where(best.values > -2, best.indices, -1)
 
 
 def fuse(classifier, gallery, gallery_weight):
