@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -33,7 +34,7 @@ from utils.figures import plot_batch, plot_curves
 from utils.files import held, write_whole
 from utils.interrupt import Interrupt
 from utils.learn import MEASURED, learn, out_of_memory
-from utils.log import HEADER, duration, format_row, progress_bar, write_log
+from utils.log import HEADER, duration, format_row, progress_bar
 from utils.metrics import choose_threshold, rank_of_truth, top_k
 from utils.scores import predict
 from utils.steps import fresh, plan
@@ -313,10 +314,12 @@ def train_step(c, step, data, folder, state, clock):
 
 
 def save(folder, state):
-    """The log and its picture, then last.pth, from where it goes on: killed in between, it writes them again."""
-    write_log(folder, state['log'], state['evaluations'])
-    if state['evaluations']:
-        plot_curves(folder / 'evaluations.csv', folder / 'curves.png')
+    """The log, its table and picture, then last.pth, from where it goes on: killed in between, it writes them again."""
+    lines, table = '\n'.join(state['log']) + '\n', pd.DataFrame(state['evaluations'])
+    write_whole(folder / 'log.txt', lambda path: Path(path).write_text(lines, encoding='utf-8'))
+    write_whole(folder / 'evaluations.csv', lambda path: table.to_csv(path, index=False))
+    if len(table):
+        plot_curves(table, folder / 'curves.png')
     checkpoint.save(folder / 'last.pth', state)
 
 

@@ -28,8 +28,7 @@ def pixels(path):
 
 
 def test_curves_follow_one_another_across_steps(tmp_path, saved):
-    evaluations().to_csv(tmp_path / 'e.csv', index=False)
-    figures.plot_curves(tmp_path / 'e.csv', tmp_path / 'curves.png')
+    figures.plot_curves(evaluations(), tmp_path / 'curves.png')
     assert pixels(tmp_path / 'curves.png').std() > 5
     loss, named, rate, threshold, active = saved[0].axes
     labels = [line.get_label() for line in loss.lines[:4]]

@@ -13,9 +13,8 @@ import torch
 import train
 from data import images
 from tests import forks
-from tests.conftest import assert_refused, cut, interrupt_at
+from tests.conftest import TIME_COLUMNS, assert_refused, cut, interrupt_at
 from tests.test_train import assert_same_run
-from utils.log import TIME_COLUMNS
 
 SOAK = bool(os.environ.get('SOAK'))
 KILLS = 30 if SOAK else 5
@@ -120,7 +119,7 @@ def kill(process):
 def test_killed_before_the_last_line_of_the_log(scripts, monkeypatch):
     """The training is finished as soon as last.pth says so; then the log must be there."""
     whole = scripts.train(run='whole')
-    for run, where in [('one', 'write_log'), ('two', 'save')]:
+    for run, where in [('one', 'plot_curves'), ('two', 'save')]:
         with monkeypatch.context() as patch:
             calls = []
 

@@ -17,6 +17,7 @@ import train
 import utils.learn
 from tests.conftest import (
     SETTINGS,
+    TIME_COLUMNS,
     arguments,
     assert_refused,
     assert_same_weights,
@@ -29,7 +30,6 @@ from tests.conftest import (
 )
 from utils.clock import Clock
 from utils.figures import plot_batch
-from utils.log import TIME_COLUMNS
 
 ROOT = Path(train.__file__).parent
 ALL = dict(stages='all', max_iters=4, eval_every=2)
@@ -53,7 +53,7 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize('where, call, number', [
     ('augment', 1, signal.SIGINT), ('joint_loss', 2, signal.SIGINT), ('joint_loss', 5, signal.SIGTERM),
-    ('Adam.step', 4, signal.SIGINT), ('evaluate', 1, signal.SIGINT), ('write_log', 1, signal.SIGTERM)])
+    ('Adam.step', 4, signal.SIGINT), ('evaluate', 1, signal.SIGINT), ('save', 1, signal.SIGTERM)])
 def test_an_interrupted_run_ends_as_one_that_was_not(scripts, monkeypatch, where, call, number):
     whole = scripts.train(run='whole')
     with monkeypatch.context() as patch:

@@ -34,10 +34,10 @@ def require_stored(path):
             raise ValueError('it is compressed, or damaged')
 
 
-def read(path, device='cpu'):
+def read(path):
     """What torch.save wrote, as long as it is tensors and plain values; anything else raises one of many kinds of errors."""
     require_stored(path)
-    return torch.load(path, map_location=device, weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def _is(found, kind):
@@ -51,12 +51,10 @@ def _is(found, kind):
     return isinstance(found, kind)
 
 
-def load(path, device='cpu'):
-    """Read a checkpoint; only tensors and plain values are accepted, no code. Raises UserError when it is not there."""
+def load(path):
+    """Read a checkpoint; only tensors and plain values are accepted, no code. Raises UserError for anything else."""
     try:
-        state = read(path, device)
-    except FileNotFoundError as error:
-        raise UserError(f'there is no checkpoint {path}; train first, or name another with checkPoint_start') from error
+        state = read(path)
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint; all mean the same here
         raise_if_machines(error)
         raise UserError(f'{path} is not a readable checkpoint ({type(error).__name__}); '
@@ -103,7 +101,6 @@ def find(folder, start, before_step=None):
 
     Inside a training, 'best' is the best of the step before `before_step`; for test.py, of the latest step.
     """
-    folder = Path(folder)
     if start == 'best' and before_step is not None:
         earlier = [folder / f'step{step}_best.pth' for step in range(before_step - 1, 0, -1)]
         path = next((file for file in earlier if file.exists()), folder / 'best.pth')
@@ -129,8 +126,7 @@ def keep_best(folder, step, iteration, map5, kept, state):
 
     `kept` is the list of (MAP@5, iteration) under their own names; returns the new list. Equal scores: the later wins.
     """
-    folder = Path(folder)
-    ranked = sorted([*map(tuple, kept), (map5, iteration)], reverse=True)[:KEEP]
+    ranked = sorted([*kept, (map5, iteration)], reverse=True)[:KEEP]
     if (map5, iteration) not in ranked:
         return ranked
     own = folder / f'step{step}_{iteration:06d}.pth'

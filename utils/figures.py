@@ -14,12 +14,11 @@ BLUE, ORANGE, GREEN, RED, PINK = '#0077BB', '#EE7733', '#009988', '#CC3311', '#E
 DARK, GREY = '#222222', '#777777'
 
 
-def plot_curves(evaluations, path):
-    """The course of a training: `evaluations` is evaluations.csv or its frame, one row an evaluation.
+def plot_curves(table, path):
+    """The course of a training: `table` is a frame of evaluations.csv, one row an evaluation.
 
     Each step counts its iterations from zero; here they follow one another, with a line at each border.
     """
-    table = evaluations if isinstance(evaluations, pd.DataFrame) else pd.read_csv(evaluations)
     before = table['iteration'].shift()
     restarts = table['step'].diff() > 0
     x = table['iteration'] + before.where(restarts, 0).cumsum().fillna(0)

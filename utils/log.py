@@ -1,14 +1,11 @@
-"""The training log: a fixed-width table, one row an evaluation; and the same rows as a CSV."""
+"""What a training shows: a fixed-width table, one row an evaluation, and progress bars."""
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from weakref import WeakSet
 
-import pandas as pd
 from tqdm import tqdm
 
 from utils import ranks
-from utils.files import write_whole
 
 COLUMNS = [  # name, width, format, heading
     ('step', 4, 'd', 'step'), ('iteration', 7, 'd', 'iter'), ('epoch', 6, '.1f', 'epoch'), ('lr', 8, '.1e', 'lr'),
@@ -18,18 +15,10 @@ COLUMNS = [  # name, width, format, heading
     ('valid_top1', 8, '.3f', 'va.top1'), ('valid_top5', 8, '.3f', 'va.top5'), ('valid_map5', 8, '.3f', 'va.MAP5'),
     ('threshold', 7, '.3f', 'thresh'), ('img_s', 7, '.0f', 'img/s'), ('left', 9, 's', 'left')]
 HEADER = ' '.join(f'{heading:>{width}}' for _, width, _, heading in COLUMNS)
-TIME_COLUMNS = ('img_s', 'left', 'seconds')  # differ from run to run
 
 
 def format_row(row):
     return ' '.join(f'{row[name]:>{width}{form}}' for name, width, form, _ in COLUMNS)
-
-
-def write_log(folder, lines, evaluations):
-    """log.txt and evaluations.csv, each whole, from what the checkpoint holds."""
-    folder = Path(folder)
-    write_whole(folder / 'log.txt', lambda path: Path(path).write_text('\n'.join(lines) + '\n', encoding='utf-8'))
-    write_whole(folder / 'evaluations.csv', lambda path: pd.DataFrame(evaluations).to_csv(path, index=False))
 
 
 def duration(seconds):
