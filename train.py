@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.augment import augment, flip_labels
@@ -24,7 +23,6 @@ from data.sampler import BatchSampler
 from data.tables import NEW_WHALE
 from data.training_set import TrainingSet
 from models.backbone import check_model_name, freeze_early, load_imagenet, train_mode
-from models.losses import arcface_margins
 from models.whale_net import whale_net
 from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule
@@ -71,18 +69,15 @@ strips = 'down'             # of the local branch: 'down' the image or 'across' 
 w_sigmoid = 1.0             # weight of the binary classifiers' loss
 w_triplet = 1.0             # weight of the triplet loss on the global embedding
 w_local = 1.0               # weight of the triplet loss on the aligned strips; 0 leaves the branch out
-w_arcface = 0.0             # weight of ArcFace beside them, two centers a class, margins falling with class size; 0: none
 margin = 0.3                # of both triplet losses
 hardest = 30                # classifiers of each image that teach: those most wrong
 batch_size = 48             # images: 12 x (anchor, positive, another id, new_whale)
 grad_accumulation = 1       # parts a batch is computed in, one after another: less memory, the same gradients but for
                             # batch norm's statistics and triplets, which each part has of its own
-images_per_id = 0           # 0: the items above; K: P ids x K images, and a quarter new_whale
 strength = (1.0, 1.0)       # of the augmentation, geometric and photometric: 0 none, 1 the reference's ranges
 strength_scratch = (0.75, 0.5)  # the same with pretrained = False, where full ranges cost too much time (see the README)
 weight_decay = 2e-4         # Adam's L2 (AdamW has 0.05)
 clip = 5.0                  # largest gradient norm
-ema = 0.0                   # above 0, such as 0.998: weights averaged over the iterations are judged and saved
 
 # Running
 max_iters = 100000          # of each step, at the latest
@@ -100,11 +95,10 @@ RULES = {
     **SHARED_RULES, **one_of('stages', 'one', 'all', 'cosine'),
     **one_of('pooling', 'mean', 'gem'), **one_of('strips', 'down', 'across'), **rule('model_name', str, bool, 'a text in quotes'),
     **rule('freeze flip_is_new_id pretrained', bool, lambda v: True, 'True or False'),
-    **rule('min_num_class images_per_id', int, lambda v: v >= 0, 'a whole number, 0 or more'),
+    **rule('min_num_class', int, lambda v: v >= 0, 'a whole number, 0 or more'),
     **rule('hardest grad_accumulation max_iters eval_every patience', int, lambda v: v > 0, 'a whole number above 0'),
-    **rule('w_sigmoid w_triplet w_local w_arcface margin weight_decay max_minutes pseudo_label_weight', float, lambda v: v >= 0,
+    **rule('w_sigmoid w_triplet w_local margin weight_decay max_minutes pseudo_label_weight', float, lambda v: v >= 0,
            'a number, 0 or more'),
-    **rule('ema', float, lambda v: 0 <= v < 1, '0, or a number below 1 such as 0.998'),
     **rule('lr', float, lambda v: 0 < v < 1, 'a number between 0 and 1'),
     **rule('clip', float, lambda v: v > 0, 'a number above 0'),
     **rule('checkPoint_start', (int, str), lambda v: v != '', "0, an iteration, 'best', 'last' or a path"),
@@ -133,9 +127,6 @@ def main(argv):
         raise UserError(f"--{ignored[0]} has no effect with stages = '{c.stages}'" + (
             ': give it in the rows of schedule (schedule_scratch when pretrained = False)' if c.stages == 'all' else
             ', which trains all ids and layers to the end, by AdamW with 0.05: leave it out'))
-    if c.images_per_id > c.batch_size * 3 // 4:
-        raise UserError(f'images_per_id = {c.images_per_id} is more than three quarters of batch_size = {c.batch_size}: '
-                        'lower it')
     c.device = ranks.start(choose_device(c.device, c.threads))
     part = c.batch_size // (c.grad_accumulation * ranks.world())
     if part < 8 or part * c.grad_accumulation * ranks.world() != c.batch_size or part % 4:
@@ -185,7 +176,7 @@ def build(c, step, data, folder, state):
     torch.manual_seed(c.seed)
     net = whale_net(vars(c), data.classes)
     if state['model']:
-        checkpoint.fill(net, dict(state, model=state['raw'] or state['model']), folder / 'last.pth')
+        checkpoint.fill(net, state, folder / 'last.pth')
     elif step['checkPoint_start'] != 0:
         path = checkpoint.find(folder, step['checkPoint_start'], before_step=step['step'])
         loaded = checkpoint.load(path)
@@ -209,24 +200,16 @@ def train_step(c, step, data, folder, state, clock):
     kind, decay = (torch.optim.AdamW, 0.05) if c.stages == 'cosine' else (torch.optim.Adam, c.weight_decay)
     optimizer = kind([p for p in net.parameters() if p.requires_grad], lr=step['lr'], betas=(0.9, 0.99),
                      weight_decay=decay, fused=True)
-    judged, averaged = net, None  # the network that is validated and saved
-    if c.ema:
-        averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True)
-        judged = averaged.module
-        if state['model']:
-            judged.load_state_dict(state['model'])
-            averaged.n_averaged.fill_(state['iteration'])
     why_not = compile_network(net, c.compile, c.device)
     model = DistributedDataParallel(net) if ranks.world() > 1 else net  # the same weights; it averages the gradients
     if ranks.rank() == 0:  # written first, when nothing is refused any more
         lines = ''.join(f'{name} = {value!r}\n' for name, value in vars(c).items())
         write_whole(folder / 'constants.txt', lambda path: Path(path).write_text(lines, encoding='utf-8'))
     rows = data.rows[step['min_num_class']]
-    sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes, c.images_per_id,
+    sampler = BatchSampler(np.where(rows, data.labels.numpy(), -1), c.batch_size, data.classes,
                            c.seed + 1000 * step['step'])
     strength = c.strength if c.pretrained else c.strength_scratch
     group, amp = data.group.to(c.device), amp_dtype(c.precision, c.device)
-    margins = arcface_margins(data.class_sizes(rows)).to(c.device)  # (classes,)
     sums = torch.zeros(len(MEASURED) + 1, device=c.device)
     if state['model']:
         checkpoint.fill_optimizer(optimizer, sums, state, folder / 'last.pth')
@@ -241,10 +224,9 @@ def train_step(c, step, data, folder, state, clock):
         say(state, HEADER)
 
     def snapshot(finished=False):
-        return dict(state, model=judged.state_dict(), raw=net.state_dict() if c.ema else None,
-                    optimizer=optimizer.state_dict(), sums=sums.cpu(), ids=data.ids, fold_images=data.fold_images,
-                    finished=finished, elapsed=clock.elapsed(), constants=vars(c), rows=step['rows'], start=step['start'],
-                    first=step['first'])
+        return dict(state, model=net.state_dict(), optimizer=optimizer.state_dict(), sums=sums.cpu(), ids=data.ids,
+                    fold_images=data.fold_images, finished=finished, elapsed=clock.elapsed(), constants=vars(c),
+                    rows=step['rows'], start=step['start'], first=step['first'])
 
     train_mode(net)
     # With a time limit nobody knows how many iterations there will be; the table's last column has the time left.
@@ -267,9 +249,7 @@ def train_step(c, step, data, folder, state, clock):
                 done = ranks.total(done, torch.distributed.ReduceOp.MAX).item()  # on the CPU; one clock for all processes
                 for settings in optimizer.param_groups:
                     settings['lr'] = step['lr'] * min(20 * done, 0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
-            measured = learn(c, model, optimizer, images, labels, group, amp, state['threshold'], margins, weight)  # (10,)
-            if averaged:
-                averaged.update_parameters(net)
+            measured = learn(c, model, optimizer, images, labels, group, amp, state['threshold'], weight)  # (9,)
             sums += measured
             bad = torch.where(torch.isfinite(measured[0]), bad, bad.clamp(max=state['iteration']))
             state['iteration'] += 1
@@ -284,7 +264,7 @@ def train_step(c, step, data, folder, state, clock):
             if evaluate_now:
                 began = clock.elapsed()
                 ranks.total(sums).div_(ranks.world())
-                row = evaluate(c, optimizer.param_groups[0]['lr'], step, data, judged, amp, state, sums, sampler)
+                row = evaluate(c, optimizer.param_groups[0]['lr'], step, data, net, amp, state, sums, sampler)
                 row.update(zip(('img_s', 'left', 'seconds'), pace(c, step, state, began, sums[-1].item())))
                 state['evaluations'] = state['evaluations'] + [row]
                 say(state, format_row(row))

@@ -19,7 +19,7 @@ from models.whale_net import WhaleNet
 from utils.device import amp_dtype, choose_device, compile_network
 
 HEIGHT, WIDTH, CLASSES = 256, 512, 10008
-C = SimpleNamespace(grad_accumulation=1, w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, w_arcface=0.0, margin=0.3, hardest=30,
+C = SimpleNamespace(grad_accumulation=1, w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, margin=0.3, hardest=30,
                     clip=5.0)
 
 

@@ -8,17 +8,15 @@ import numpy as np
 class BatchSampler:
     """`batch(iteration)` gives an array of (row, flip) pairs: (batch_size, 2) int64.
 
-    images_per_id = 0, the reference's batch: items of four images: anchor, positive (same id, another photograph when
-    there is one), an image of another id, a new_whale. Anchors walk through a shuffled list of all ids, so each id has
-    its turn, however few images it has; a pass is num_ids / (batch_size / 4) iterations.
+    The reference's batch, items of four images: anchor, positive (same id, another photograph when there is one), an
+    image of another id, a new_whale. Anchors walk through a shuffled list of all ids, so each id has its turn, however
+    few images it has; a pass is num_ids / (batch_size / 4) iterations.
 
-    images_per_id = K: P ids with K images each (repeated when an id has fewer) and a quarter new_whale.
-
-    A mirrored image belongs to another class, so the flip is drawn once for an anchor and its positives: drawn for each
+    A mirrored image belongs to another class, so the flip is drawn once for an anchor and its positive: drawn for each
     image alone it would break most of the few positive pairs that a batch has.
     """
 
-    def __init__(self, labels, batch_size, new_whale, images_per_id=0, seed=0):
+    def __init__(self, labels, batch_size, new_whale, seed=0):
         """labels (n,) int of the rows to draw from, -1 for rows left out; `new_whale` is the mark of rows without id."""
         labels = np.asarray(labels)
         rows = np.flatnonzero((labels >= 0) & (labels != new_whale))
@@ -26,10 +24,7 @@ class BatchSampler:
         self.ids, first, self.counts = np.unique(labels[rows], return_index=True, return_counts=True)
         self.rows, self.first = rows, first  # images of id i: rows[first[i] : first[i] + counts[i]]
         self.new_whales = np.flatnonzero(labels == new_whale)
-        self.batch_size, self.images_per_id, self.seed = batch_size, images_per_id, seed
-        quarter = batch_size // 4
-        self.strangers = quarter if len(self.new_whales) else 0
-        self.anchors = (batch_size - self.strangers) // images_per_id if images_per_id else quarter
+        self.batch_size, self.anchors, self.seed = batch_size, batch_size // 4, seed
 
     @property
     def iterations_per_pass(self):
@@ -39,30 +34,20 @@ class BatchSampler:
         """The batch of one iteration: (batch_size, 2) int64, columns row and flip."""
         rng = np.random.default_rng((self.seed, 1, iteration))
         anchors = self._anchors(iteration)  # (P,)
-        if self.images_per_id:
-            ids = np.repeat(anchors, self.images_per_id)  # (P * K,)
-            offsets = rng.random((len(anchors), self.counts.max())).argsort(1)  # (P, most)
-            # rank the offsets that an id really has first, then wrap round
-            order = np.argsort(offsets >= self.counts[anchors, None], axis=1, kind='stable')  # (P, most)
-            offsets = np.take_along_axis(offsets, order, 1)
-            turn = np.arange(self.images_per_id)[None, :] % self.counts[anchors, None]  # (P, K)
-            offsets = np.take_along_axis(offsets, turn, 1).ravel()  # (P * K,)
-            flips = np.repeat(rng.integers(2, size=len(anchors)), self.images_per_id)
-            item = np.repeat(np.arange(len(anchors)), self.images_per_id)
-        else:
-            others = rng.integers(len(self.ids) - 1, size=len(anchors)) if len(self.ids) > 1 else anchors * 0
-            others += (others >= anchors) & (len(self.ids) > 1)  # any id but the anchor's, without a set difference
-            offset = rng.integers(self.counts[anchors])
-            step = rng.integers(np.maximum(self.counts[anchors] - 1, 1)) + 1  # 1..count-1, so never the anchor itself
-            positive = (offset + step) % self.counts[anchors]
-            ids = np.concatenate([anchors, anchors, others])
-            offsets = np.concatenate([offset, positive, rng.integers(self.counts[others])])
-            pair, other = rng.integers(2, size=(2, len(anchors)))
-            flips = np.concatenate([pair, pair, other])
-            item = np.tile(np.arange(len(anchors)), 3)
+        others = rng.integers(len(self.ids) - 1, size=len(anchors)) if len(self.ids) > 1 else anchors * 0
+        others += (others >= anchors) & (len(self.ids) > 1)  # any id but the anchor's, without a set difference
+        offset = rng.integers(self.counts[anchors])
+        step = rng.integers(np.maximum(self.counts[anchors] - 1, 1)) + 1  # 1..count-1, so never the anchor itself
+        positive = (offset + step) % self.counts[anchors]
+        ids = np.concatenate([anchors, anchors, others])
+        offsets = np.concatenate([offset, positive, rng.integers(self.counts[others])])
+        pair, other = rng.integers(2, size=(2, len(anchors)))
+        flips = np.concatenate([pair, pair, other])
+        item = np.tile(np.arange(len(anchors)), 3)
         rows = self.rows[self.first[ids] + offsets]
-        fill = self.batch_size - len(rows)  # new_whale images; more ids where a data set has no new_whale
-        more = rng.choice(self.new_whales if self.strangers else self.rows, size=fill, replace=fill > len(self.new_whales))
+        fill = self.batch_size - len(rows)  # new_whale images; more of ids where a data set has no new_whale
+        some = self.new_whales if len(self.new_whales) else self.rows
+        more = rng.choice(some, size=fill, replace=fill > len(self.new_whales))
         # item after item, each with its share of new_whale, so that equal parts of a batch are small batches of its kind
         place = np.concatenate([(item + 0.5) / len(anchors), (np.arange(fill) + 0.5) / fill])
         batch = np.stack([np.concatenate([rows, more]), np.concatenate([flips, rng.integers(2, size=fill)])], 1)

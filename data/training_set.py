@@ -68,11 +68,6 @@ class TrainingSet:
             write_whole(file, lambda path: np.save(path, marks))
         return marks
 
-    def class_sizes(self, rows):
-        """Images of each class among `rows` (n,) bool, an id's mirror image having as many as the id: (classes,)."""
-        sizes = torch.bincount(self.labels[torch.from_numpy(rows)], minlength=self.num_ids)[:self.num_ids]
-        return sizes.repeat(self.classes // self.num_ids)
-
     def batch(self, pairs, pin=False):
         """(row, flip) pairs (B, 2) -> raw crops, masks, labels, flips, weights, in memory that a GPU reads while it computes."""
         rows, flips = pairs.T

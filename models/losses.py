@@ -3,8 +3,6 @@
 Labels are classes 0..2N-1; 2N is new_whale. `group` (2N + 1,) int64 numbers the animals: classes with one number are
 one animal under several ids, and never each other's negatives. new_whale's own number is never used.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -126,47 +124,21 @@ def local_triplet_loss(strips, labels, group, classes, margin=0.3, weight=1.0):
     return hinge(*both.chunk(2), valid, margin, weight)  # type: ignore[call-arg]
 
 
-def arcface_margins(counts):
-    """The angle by which each class must win, of its number of images (classes,): small classes the most.
-
-    0.271 n^-0.364 + 0.05, of the first place of the 2022 Happywhale competition.
-    """
-    return 0.271 * counts.clamp(min=1).float() ** -0.364 + 0.05
-
-
-def arcface_loss(cosines, labels, group, margins, named_count=None, weight=1.0, scale=20.96):
-    """ArcFace (arXiv:1801.07698) over the rows with an id: cosines (B, classes), margins (classes,) in radians.
-
-    The scale is that of the same first place. `group`, `named_count` and `weight` as in sigmoid_ohem_loss.
-    """
-    classes = cosines.shape[1]
-    named, true = labels < classes, labels.clamp(max=classes - 1)  # (B,)
-    twin = (group[true][:, None] == group[None, :classes]) & (true[:, None] != torch.arange(classes, device=true.device))
-    own = cosines.gather(1, true[:, None])[:, 0].clamp(-1 + 1e-6, 1 - 1e-6)  # (B,)
-    moved = (own.acos() + margins[true]).clamp(max=math.pi).cos()
-    logits = scale * cosines.masked_fill(twin, -1e4).scatter(1, true[:, None], moved[:, None])
-    loss = F.cross_entropy(logits, true, reduction='none') * named  # (B,)
-    return (loss * weight).sum() / (named.sum().clamp(min=1) if named_count is None else named_count)
-
-
-def joint_loss(outputs, labels, group, c, margins=None, named_count=None, weight=1.0, gather=lambda rows: rows):
+def joint_loss(outputs, labels, group, c, named_count=None, weight=1.0, gather=lambda rows: rows):
     """Sum of the losses, weighted by the constants `c`; returns it, and its detached parts: sigmoid, triplet, local,
-    active share, ArcFace.
+    active share.
 
     `gather` joins the rows of several processes, with their gradients: triplets are mined among all of them.
     `named_count`, `weight`: see sigmoid_ohem_loss; triplets of anchors with a weight count by it.
     """
-    embedding, logits, strips, cosines = outputs
+    embedding, logits, strips = outputs
     classes = logits.shape[1]
     sigmoid = sigmoid_ohem_loss(logits, labels, group, c.hardest, named_count, weight)
-    arcface = torch.zeros_like(sigmoid)
-    if c.w_arcface:
-        arcface = arcface_loss(cosines, labels, group, margins, named_count, weight)
     embedding, strips, labels = gather(embedding), gather(strips) if c.w_local else None, gather(labels)
     weight = gather(weight)
     triplet, active = batch_hard_triplet_loss(embedding, labels, group, classes, c.margin, weight)
     local = torch.zeros_like(triplet)
     if c.w_local:
         local = local_triplet_loss(strips, labels, group, classes, c.margin, weight)[0]
-    total = c.w_sigmoid * sigmoid + c.w_triplet * triplet + c.w_local * local + c.w_arcface * arcface
-    return total, torch.stack([part.detach() for part in (sigmoid, triplet, local, active, arcface)])
+    total = c.w_sigmoid * sigmoid + c.w_triplet * triplet + c.w_local * local
+    return total, torch.stack([part.detach() for part in (sigmoid, triplet, local, active)])

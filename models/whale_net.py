@@ -11,18 +11,14 @@ LOGIT_SCALE = 16.0  # the embedding has length 1: without a scale its logits cou
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-SUBCENTERS = 2  # of each class in the ArcFace head: photographs of one animal may form more than one heap
-
-
 class WhaleNet(nn.Module):
-    """Input (B, 4, H, W): RGB in 0..1, mask 0/1. Output: embedding (B, C), logits (B, classes), strips (B, S, 512) and,
-    with `arcface`, cosines (B, classes) of its own classes; None for what is not there.
+    """Input (B, 4, H, W): RGB in 0..1, mask 0/1. Output: embedding (B, C), logits (B, classes), strips (B, S, 512) or None.
 
     The embedding (after the batch norm neck and L2, as in arXiv:1903.07071) serves classifiers, triplet loss and
     gallery alike. `classes` is 2N: the ids, then their mirror images; new_whale has no unit.
     """
 
-    def __init__(self, model_name, classes, height=256, width=512, pooling='mean', strips='down', arcface=False):
+    def __init__(self, model_name, classes, height=256, width=512, pooling='mean', strips='down'):
         super().__init__()
         self.pooling, self.across = pooling, strips == 'across'
         self.backbone = build_backbone(model_name, height, width)
@@ -37,8 +33,6 @@ class WhaleNet(nn.Module):
         nn.init.zeros_(self.head.bias)
         if pooling == 'gem':  # generalized mean, arXiv:1711.02512: its power begins at 3 and is learned
             self.power = nn.Parameter(torch.tensor(3.0))
-        if arcface:
-            self.centers = nn.Parameter(nn.init.xavier_normal_(torch.empty(classes * SUBCENTERS, channels)))
 
     def forward(self, images, local=True):
         rgb = (images[:, :3] - self.mean) / self.std
@@ -46,13 +40,10 @@ class WhaleNet(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # bf16 has 8 bits: thousands of logits would tie
             embedding = F.normalize(self.neck(self.pool(features.float())))  # (B, C)
             logits = LOGIT_SCALE * self.head(embedding)  # (B, 2N)
-            cosines = None
-            if hasattr(self, 'centers') and self.training:
-                cosines = (embedding @ F.normalize(self.centers).T).unflatten(1, (-1, SUBCENTERS)).amax(2)  # (B, 2N)
         if not local:
-            return embedding, logits, None, cosines
+            return embedding, logits, None
         strips = self.local(features).mean(2 if self.across else 3).float()  # (B, 512, w or h)
-        return embedding, logits, F.normalize(strips, dim=1).transpose(1, 2), cosines
+        return embedding, logits, F.normalize(strips, dim=1).transpose(1, 2)
 
     def pool(self, features):
         """(B, C, h, w) -> (B, C)."""
@@ -63,5 +54,4 @@ class WhaleNet(nn.Module):
 
 def whale_net(made, classes):
     """The network that the constants of a training describe; `made` is a dict, as a checkpoint holds them."""
-    return WhaleNet(made['model_name'], classes, made['height'], made['width'], made['pooling'], made['strips'],
-                    made['w_arcface'] > 0)
+    return WhaleNet(made['model_name'], classes, made['height'], made['width'], made['pooling'], made['strips'])

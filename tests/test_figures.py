@@ -75,13 +75,6 @@ def test_a_failing_plot_leaves_the_old_picture(tmp_path):
     assert path.read_text() == 'before' and list(tmp_path.iterdir()) == [path]
 
 
-def test_arcface_is_drawn_where_it_teaches(tmp_path, saved):
-    for value in (0.0, 3.0):
-        figures.plot_curves(evaluations().assign(arcface=value), tmp_path / 'curves.png')
-    without, with_it = [[line.get_label() for line in figure.axes[0].lines] for figure in saved]
-    assert 'ArcFace' in with_it and 'ArcFace' not in without
-
-
 def test_a_batch_is_drawn_as_the_network_sees_it(tmp_path, saved):
     images = torch.rand(20, 4, 32, 64)
     images[:, 3] = 0

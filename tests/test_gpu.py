@@ -12,7 +12,7 @@ from utils.device import compile_network
 from utils.learn import learn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-C = SimpleNamespace(grad_accumulation=2, w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, w_arcface=0.0, margin=0.3, hardest=30,
+C = SimpleNamespace(grad_accumulation=2, w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, margin=0.3, hardest=30,
                     clip=5.0)
 LABELS = torch.tensor([0, 0, 1, 40, 2, 2, 23, 40, 4, 4, 5, 40, 6, 6, 7, 40])
 

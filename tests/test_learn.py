@@ -28,7 +28,7 @@ net = models.whale_net.WhaleNet('small', 20, 32, 64).eval()
 torch.nn.init.normal_(net.head.weight, std=0.5)
 images, labels = torch.rand(16, 4, 32, 64), torch.tensor([0, 0, 7, 20, 3, 3, 15, 9, 5, 5, 20, 20, 20, 12, 12, 20])
 c = SimpleNamespace(grad_accumulation=int(sys.argv[2]), w_sigmoid=1.0, w_triplet=float(sys.argv[3]), w_local=float(sys.argv[3]),
-                    w_arcface=0.0, margin=0.3, hardest=7, clip=1e9)
+                    margin=0.3, hardest=7, clip=1e9)
 if not c.w_local:
     net.local.requires_grad_(False)
 optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.0)

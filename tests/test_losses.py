@@ -10,8 +10,6 @@ from pytorch_metric_learning import distances, losses, miners
 from models.losses import (
     aligned_distance,
     aligned_distances,
-    arcface_loss,
-    arcface_margins,
     batch_hard_triplet_loss,
     hardest_pairs,
     hinge,
@@ -208,34 +206,32 @@ def test_parts_of_a_batch_add_up_to_it():
 def test_joint_loss_is_the_weighted_sum(count):
     embedding, labels = make_batch()
     logits, strips = torch.randn(24, CLASSES), F.normalize(torch.randn(24, 4, 16), dim=2)
-    cosines, margins, group = torch.rand(24, CLASSES) * 2 - 1, torch.full((CLASSES,), 0.2), no_twins()
-    c = SimpleNamespace(w_sigmoid=2.0, w_triplet=3.0, w_local=5.0, w_arcface=7.0, margin=0.4, hardest=10)
-    outputs = embedding, logits, strips, cosines
-    total, parts = joint_loss(outputs, labels, group, c, margins, count)
-    assert total.item() == pytest.approx((parts * torch.tensor([2.0, 3.0, 5.0, 0.0, 7.0])).sum().item(), rel=1e-5)
+    group = no_twins()
+    c = SimpleNamespace(w_sigmoid=2.0, w_triplet=3.0, w_local=5.0, margin=0.4, hardest=10)
+    total, parts = joint_loss((embedding, logits, strips), labels, group, c, count)
+    assert total.item() == pytest.approx((parts * torch.tensor([2.0, 3.0, 5.0, 0.0])).sum().item(), rel=1e-5)
     triplet, active = batch_hard_triplet_loss(embedding, labels, group, CLASSES, 0.4)
     local, _ = local_triplet_loss(strips, labels, group, CLASSES, 0.4)
-    sigmoid, arcface = sigmoid_ohem_loss(logits, labels, group, 10, count), arcface_loss(cosines, labels, group, margins, count)
-    assert torch.allclose(parts, torch.stack([sigmoid, triplet, local, active, arcface]))
+    sigmoid = sigmoid_ohem_loss(logits, labels, group, 10, count)
+    assert torch.allclose(parts, torch.stack([sigmoid, triplet, local, active]))
 
 
 def test_losses_without_a_weight_are_zero_and_need_no_layers():
     embedding, labels = make_batch()
-    c = SimpleNamespace(w_sigmoid=1.0, w_triplet=1.0, w_local=0.0, w_arcface=0.0, margin=0.3, hardest=30)
-    total, parts = joint_loss((embedding, torch.randn(24, CLASSES), None, None), labels, no_twins(), c, weight=torch.ones(24),
+    c = SimpleNamespace(w_sigmoid=1.0, w_triplet=1.0, w_local=0.0, margin=0.3, hardest=30)
+    total, parts = joint_loss((embedding, torch.randn(24, CLASSES), None), labels, no_twins(), c, weight=torch.ones(24),
                               gather=lambda rows: rows.clone())  # of None there is nothing to gather
-    assert parts[2] == parts[4] == 0 and total.item() == pytest.approx(parts[:2].sum().item())
+    assert parts[2] == 0 and total.item() == pytest.approx(parts[:2].sum().item())
 
 
 def test_weights_of_images_count_in_every_loss():
     """An image of weight 0 teaches nothing as an anchor and as a row; all weights 2 double each part."""
     embedding, labels = make_batch()
-    strips, logits, cosines = F.normalize(torch.randn(24, 4, 16), dim=2), torch.randn(24, CLASSES), torch.rand(24, CLASSES)
-    c = SimpleNamespace(w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, w_arcface=1.0, margin=0.3, hardest=30)
-    margins = torch.full((CLASSES,), 0.2)
+    strips, logits = F.normalize(torch.randn(24, 4, 16), dim=2), torch.randn(24, CLASSES)
+    c = SimpleNamespace(w_sigmoid=1.0, w_triplet=1.0, w_local=1.0, margin=0.3, hardest=30)
 
     def parts(weight):
-        return joint_loss((embedding, logits, strips, cosines), labels, no_twins(), c, margins, weight=weight)[1][[0, 1, 2, 4]]
+        return joint_loss((embedding, logits, strips), labels, no_twins(), c, weight=weight)[1][:3]
 
     assert torch.allclose(parts(torch.ones(24)), parts(1.0)) and torch.allclose(parts(torch.full((24,), 2.0)), 2 * parts(1.0))
     assert parts(torch.zeros(24)).eq(0).all()
@@ -244,46 +240,6 @@ def test_weights_of_images_count_in_every_loss():
     logits[-1] *= 9  # a new_whale: all its questions are in one part of the loss
     alone = sigmoid_ohem_loss(logits[-1:], labels[-1:], no_twins()) / 24
     assert torch.allclose(sigmoid_ohem_loss(logits, labels, no_twins(), weight=torch.eye(24)[-1]), alone)
-
-
-def test_arcface_against_a_plain_reference():
-    labels, margins = torch.tensor([2, 0, CLASSES, CLASSES - 1]), torch.linspace(0.1, 0.4, CLASSES)
-    cosines, group = torch.rand(4, CLASSES) * 2 - 1, no_twins()
-    group[3] = group[2]  # class 3 is another name of class 2
-    cosines[0, 2:4] = torch.tensor([0.9, 0.99])
-    losses = []
-    for row, label in [(0, 2), (1, 0), (3, CLASSES - 1)]:
-        angle = math.acos(cosines[row, label]) + margins[label].item()
-        values = [20.96 * (math.cos(min(angle, math.pi)) if k == label else cosines[row, k].item()) for k in range(CLASSES)
-                  if (row, k) != (0, 3)]
-        own = 20.96 * math.cos(min(angle, math.pi))
-        losses.append(math.log(sum(math.exp(value - own) for value in values)))
-    assert arcface_loss(cosines, labels, group, margins).item() == pytest.approx(sum(losses) / 3, rel=1e-4)
-
-
-@pytest.mark.parametrize('cosine', [1.0, -1.0, 1.0000001, -1.0000001])
-def test_arcface_has_a_finite_gradient_where_an_angle_is_0_or_pi(cosine):
-    cosines = torch.zeros(1, CLASSES)
-    cosines[0, 4] = cosine
-    cosines.requires_grad_()
-    loss = arcface_loss(cosines, torch.tensor([4]), no_twins(), torch.full((CLASSES,), 0.2))
-    loss.backward()
-    moved = math.cos(min(math.acos(round(cosine)) + 0.2, math.pi))
-    assert loss.item() == pytest.approx(math.log(math.exp(20.96 * moved) + CLASSES - 1) - 20.96 * moved, abs=0.01)
-    assert cosines.grad.isfinite().all()
-
-
-def test_arcface_counts_the_rows_of_the_whole_batch():
-    cosines, labels, margins = torch.rand(3, CLASSES), torch.tensor([5, NEW, NEW]), torch.full((CLASSES,), 0.2)
-    alone = arcface_loss(cosines[:1], labels[:1], no_twins(), margins)
-    assert torch.allclose(arcface_loss(cosines, labels, no_twins(), margins), alone)  # new_whales neither teach nor count
-    assert torch.allclose(arcface_loss(cosines, labels, no_twins(), margins, torch.tensor(4.0)), alone / 4)
-    assert arcface_loss(cosines[1:], labels[1:], no_twins(), margins) == 0
-
-
-def test_arcface_margins_are_those_of_happywhale():
-    expected = [0.321, 0.271 * 20 ** -0.364 + 0.05, 0.321]
-    assert arcface_margins(torch.tensor([1, 20, 0])).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_aligned_distances_of_more_rows_than_a_block_has():

@@ -165,7 +165,7 @@ def test_frozen_layers_stand_still(name):
     train_mode(net)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 0.1)
-    embedding, logits, strips, _ = net(torch.rand(4, 4, *SIZE))
+    embedding, logits, strips = net(torch.rand(4, 4, *SIZE))
     (embedding.sum() + logits.square().sum() + strips.sum()).backward()
     optimizer.step()
     early = ('layer0.', 'layer1.', 'layer2.') if name == 'seresnext14' else \
@@ -219,7 +219,7 @@ def test_a_first_layer_that_a_fourth_channel_changes_is_refused(no_download):
 def test_outputs():
     net = WhaleNet('seresnext14', 12, 64, 128).eval()
     with torch.no_grad():
-        embedding, logits, strips, _ = net(torch.rand(3, 4, 64, 128))
+        embedding, logits, strips = net(torch.rand(3, 4, 64, 128))
     assert embedding.shape == (3, 2048) and logits.shape == (3, 12) and strips.shape == (3, 2, 512)
     assert torch.allclose(embedding.norm(dim=1), torch.ones(3), atol=1e-5)
     assert torch.allclose(strips.norm(dim=2), torch.ones(3, 2), atol=1e-4)

@@ -28,7 +28,6 @@ BAD_SETTINGS = {
     'no weights': (dict(pretrained=True), ['seresnext14', 'pretrained = False']),
     'shares of stages': (dict(stages='all', stage_share='(1, 1)'), ['stage_share', '3 stages']),
     'start': (dict(checkPoint_start='best'), ['checkPoint_start']),
-    'images of an id': (dict(images_per_id=7), ['images_per_id = 7', 'batch_size = 8']),
     'seed': (dict(seed=10 ** 9), ['seed']),
 }
 

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from data.sampler import BatchSampler
 
@@ -89,21 +88,6 @@ def test_rows_left_out_are_never_drawn():
     assert len(seen) == (labels >= 0).sum()  # and all others are
 
 
-@pytest.mark.parametrize('per_id', [2, 4])
-def test_images_per_id(per_id):
-    labels = table()
-    sampler = BatchSampler(labels, 32, NEW, images_per_id=per_id)
-    for iteration in range(30):
-        rows, flips = sampler.batch(iteration).T
-        people, named = 24 // per_id, labels[rows] != NEW
-        assert named.sum() == 24 and named[:16].sum() == 12  # in step, so that half a batch is a batch
-        rows, flips = rows[named], flips[named]
-        ids, mirrored = labels[rows].reshape(people, per_id), flips.reshape(people, per_id)
-        assert (ids == ids[:, :1]).all() and (mirrored == mirrored[:, :1]).all() and set(flips) <= {0, 1}
-        for group, number in zip(rows.reshape(people, per_id), ids[:, 0]):
-            assert len(set(group)) == min(per_id, (labels == number).sum())
-
-
 def test_without_new_whales_and_with_few_ids():
     assert BatchSampler(np.array([0, 0, 0]), 8, 2).batch(0).shape == (8, 2)
     rows = BatchSampler(np.arange(12), 8, 24).batch(3)[:, 0]
@@ -111,13 +95,9 @@ def test_without_new_whales_and_with_few_ids():
     two = np.array([0, 0, 1, 1, 4])
     anchor, positive, other, stranger = two[BatchSampler(two, 8, 4).batch(0)[:, 0]].reshape(2, 4).T
     assert (anchor == positive).all() and (other == 1 - anchor).all() and (stranger == 4).all()
-    assert BatchSampler(np.arange(8), 8, 16, images_per_id=4).batch(0).shape == (8, 2)  # nothing to fill up
 
 
 def test_the_smallest_batches():
     labels = table()
     anchor, positive, other, stranger = labels[BatchSampler(labels, 4, NEW).batch(0)[:, 0]]
     assert anchor == positive != other and other != stranger == NEW
-    named = labels[BatchSampler(labels, 8, NEW, images_per_id=6).batch(0)[:, 0]]
-    named = named[named != NEW]
-    assert len(named) == 6 and (named == named[0]).all()

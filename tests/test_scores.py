@@ -23,7 +23,7 @@ class StubNet(torch.nn.Module):
         assert not local and not self.training
         self.batches.append(len(images))
         halves = images[:, :3].unflatten(3, (2, WIDTH // 2)).mean((1, 2, 4))  # (B, 2)
-        return F.normalize(halves), halves @ self.to_logits, None, None
+        return F.normalize(halves), halves @ self.to_logits, None
 
 
 class StubCrops:
@@ -85,7 +85,7 @@ def test_the_network_sees_the_box_without_its_margin():
         def forward(self, images, local):
             assert images.shape == (4, 4, 64, 128)
             assert torch.allclose(images[:, :3], torch.tensor(100 / 255)) and (images[:, 3] == 1).all()
-            return images.mean((2, 3)), images.new_zeros(4, 2 * IDS), None, None
+            return images.mean((2, 3)), images.new_zeros(4, 2 * IDS), None
 
     predict(Look(), Framed(), np.arange(2), 64, 128, IDS)
 

@@ -77,9 +77,9 @@ def test_an_interrupted_run_of_all_stages_ends_as_one_that_was_not(scripts, monk
 
 
 @pytest.mark.parametrize('options', [
-    dict(pooling='gem', strips='across', w_arcface=1.0), dict(ema=0.9), dict(stages='cosine', max_iters=9)], ids=str)
+    dict(pooling='gem', strips='across'), dict(stages='cosine', max_iters=9)], ids=str)
 def test_each_option_trains_goes_on_and_answers(scripts, monkeypatch, options):
-    whole, plain = scripts.train(run='whole', **options), scripts.train(run='plain')
+    whole = scripts.train(run='whole', **options)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 'joint_loss', 5)
         assert scripts.train(run='stopped', **options).code == 130
@@ -87,14 +87,7 @@ def test_each_option_trains_goes_on_and_answers(scripts, monkeypatch, options):
     assert_same_run(whole.folder, stopped.folder)
     assert scripts.answer(run='whole').code == 0
     table = pd.read_csv(whole.folder / 'evaluations.csv')
-    if 'ema' in options:  # the training itself is the same; what is judged is another network
-        kept = torch.load(whole.folder / 'last.pth', weights_only=True)
-        for name, weight in weights(plain.folder).items():
-            assert torch.equal(kept['raw'][name], weight)
-        assert not torch.equal(kept['raw']['head.weight'], kept['model']['head.weight'])
-        assert (table['loss'] == pd.read_csv(plain.folder / 'evaluations.csv')['loss']).all()
-    if 'w_arcface' in options:
-        assert (table['arcface'] > 0).all() and 'power' in weights(whole.folder)
+    assert ('power' in weights(whole.folder)) == ('pooling' in options)
     if 'stages' in options:  # after 3, 6 and 9 iterations, those of the last one's beginning
         expected = [3e-4 * (0.5 + 0.5 * np.cos(np.pi * done / 9)) for done in (2, 5, 8)]
         assert table['lr'].tolist() == pytest.approx(expected)

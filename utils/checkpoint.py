@@ -10,14 +10,14 @@ import torch
 from utils.errors import UserError, raise_if_machines
 from utils.files import write_whole
 
-ADDED = dict(pooling='mean', strips='down', w_arcface=0.0, ema=0.0)  # constants that older checkpoints lack
+ADDED = dict(pooling='mean', strips='down')  # constants that older checkpoints lack
 # What a checkpoint holds, by type; a list is a list of such.
 CONTENT = dict(
-    model=dict, raw=(dict, type(None)), optimizer=dict(state=dict, param_groups=[dict]), sums=torch.Tensor, ids=[str],
+    model=dict, optimizer=dict(state=dict, param_groups=[dict]), sums=torch.Tensor, ids=[str],
     fold_images=[str], iteration=int, step=int, first=int, finished=bool, best=float, since_best=int, kept=[tuple],
     threshold=float, rows=[tuple], start=(int, str), elapsed=float, mark=float, log=[str], evaluations=[dict], constants=dict(
         model_name=str, height=int, width=int, flip_is_new_id=bool, fold=int, seed=int, pretrained=bool, stages=str,
-        pooling=str, strips=str, w_arcface=float, w_local=float, ema=float))
+        pooling=str, strips=str, w_local=float))
 KEEP = 3  # the best evaluations of a step also stay under their iteration
 
 
@@ -60,7 +60,7 @@ def load(path):
         raise UserError(f'{path} is not a readable checkpoint ({type(error).__name__}); '
                         'delete it or name another with checkPoint_start') from error
     if _is(state, dict(constants=dict)):
-        state = {'raw': None, **state, 'constants': {**ADDED, **state['constants']}}
+        state = {**state, 'constants': {**ADDED, **state['constants']}}
     if not _is(state, CONTENT) or not all(32 <= state['constants'][side] <= 10_000 for side in ('height', 'width')) or \
             not all(len(pair) == 2 and _is(pair[0], float) and _is(pair[1], int) for pair in state['kept']):
         raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')
@@ -73,7 +73,7 @@ def fill(net, state, path):
         net.load_state_dict(state['model'])
     except Exception as error:  # RuntimeError, and others where the dict holds no tensors
         made = ', '.join(f'{name} = {state["constants"].get(name)!r}' for name in (
-            'model_name', 'flip_is_new_id', 'pooling', 'w_arcface'))
+            'model_name', 'flip_is_new_id', 'pooling'))
         raise UserError(f'the weights in {path} do not fit: it was trained with {made}; set the same, or name another '
                         'checkpoint') from error
 

@@ -37,10 +37,9 @@ def plot_curves(table, path):
             axes.legend(edgecolor='none', fontsize=9)
         return dress(axes, title, 'iteration')
 
-    arcface = {'arcface': ('ArcFace', PINK, '-')} if 'arcface' in table and table['arcface'].any() else {}
     draw(panels['L'], 'training loss and its parts',
          loss=('joint loss', DARK, '-'), sigmoid=('sigmoid', BLUE, '-'), triplet=('triplet', ORANGE, '-'),
-         local=('local triplet', GREEN, '-'), **arcface).set_ylim(bottom=0)
+         local=('local triplet', GREEN, '-')).set_ylim(bottom=0)
     draw(panels['M'], 'MAP@5, top-1, top-5',
          valid_map5=('validation MAP@5', BLUE, '-'), valid_top1=('validation top-1', BLUE, '--'),
          valid_top5=('validation top-5', BLUE, ':'), train_map5=('training MAP@5', ORANGE, '-'),

@@ -11,14 +11,13 @@ from utils import ranks
 from utils.device import amp_dtype
 from utils.metrics import average_precision, rank_of_truth, top_k
 
-MEASURED = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'arcface', 'train_map5', 'train_top1', 'train_top5')  # and a count
+MEASURED = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')  # and a count
 
 
-def learn(c, model, optimizer, images, labels, group, amp, threshold, margins=None, weight=None):
+def learn(c, model, optimizer, images, labels, group, amp, threshold, weight=None):
     """One step of the optimizer on a batch, in `grad_accumulation` parts.
 
-    `margins` (classes,) of ArcFace; `weight` (B,): how much each image teaches. Returns (10,): what MEASURED names,
-    and 1. Nothing here waits for the device.
+    `weight` (B,): how much each image teaches. Returns (9,): what MEASURED names, and 1. Nothing here waits for the device.
     """
     optimizer.zero_grad(set_to_none=True)
     parts, classes = c.grad_accumulation, len(group) - 1
@@ -29,7 +28,7 @@ def learn(c, model, optimizer, images, labels, group, amp, threshold, margins=No
         with model.no_sync() if number < parts and ranks.world() > 1 else nullcontext():  # gradients are averaged once
             with torch.autocast(images.device.type, amp, enabled=amp is not None):
                 outputs = model(some.contiguous(memory_format=torch.channels_last), local=c.w_local > 0)
-            loss, losses = joint_loss(outputs, truth, group, c, margins, named, share, ranks.gather)
+            loss, losses = joint_loss(outputs, truth, group, c, named, share, ranks.gather)
             (loss / parts).backward()
         with torch.no_grad():
             place = rank_of_truth(outputs[1].sigmoid(), truth, threshold)  # (B / parts,)
@@ -67,4 +66,4 @@ def _learn_once(c, data, size):
     images = torch.zeros(size, 4, c.height, c.width, device=c.device)
     labels = torch.zeros(size, dtype=torch.int64, device=c.device)
     learn(small, net, torch.optim.Adam(net.parameters()), images, labels, data.group.to(c.device),
-          amp_dtype(c.precision, c.device), 0.5, torch.zeros(data.classes, device=c.device))
+          amp_dtype(c.precision, c.device), 0.5)

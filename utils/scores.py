@@ -27,7 +27,7 @@ def predict_batches(net, crops, rows, height, width, num_ids, flip_is_new_id=Tru
             images = to_input(pixels, masks, height, width, MARGIN, view)  # (b, 4, H, W)
             images = torch.cat([images, images.flip(3)]).contiguous(memory_format=torch.channels_last)  # (2b, 4, H, W)
             with torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
-                embedding, logits, *_ = net(images, local=False)
+                embedding, logits, _ = net(images, local=False)
             image, mirror = logits.sigmoid().chunk(2)  # (b, 2N) each
             scores = scores + (image[:, :num_ids] + mirror[:, second]) / 2
             embeddings = embeddings + torch.stack(embedding.chunk(2), 1)  # (b, 2, C)

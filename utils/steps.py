@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 STEP = ('freeze', 'min_num_class', 'lr', 'checkPoint_start')
 FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed', 'pretrained', 'pooling', 'strips',
-         'w_arcface', 'w_local', 'ema')  # of a run, over all its steps
+         'w_local')  # of a run, over all its steps
 
 
 def plan(c, folder):
@@ -55,7 +55,7 @@ def plan(c, folder):
 
 def fresh(previous, step, elapsed):
     """The state of a step that has not begun."""
-    return dict(step=step['step'], iteration=0, model=None, raw=None, optimizer=None, finished=False, best=0.0,
+    return dict(step=step['step'], iteration=0, model=None, optimizer=None, finished=False, best=0.0,
                 since_best=0, kept=[], threshold=0.5, sums=None, fold_images=previous['fold_images'] if previous else None,
                 elapsed=elapsed, mark=elapsed, log=previous['log'] if previous else [],
                 evaluations=previous['evaluations'] if previous else [])
