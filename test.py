@@ -93,9 +93,11 @@ def main(argv):
             scores.append(member.scores(asked))
     weights = c.weights or (1.0,) * len(files)
     threshold, valid, valid_images = validate(scores, weights, train, asked)
-    folder, ids = Path('results') / ('ensemble' if ',' in c.run or member is None else c.run), scores[0].ids
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    ids, folder = scores[0].ids, Path('results') / c.run
+    if ',' in c.run or member is None:
+        folder = Path('results/ensemble')
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)  # those of trainings sweep theirs
     table = on_disk(folder, scores[0].table.shape, np.float16)
     most = min(5, len(ids))
     values, order = torch.empty(len(asked), most), torch.empty(len(asked), most, dtype=torch.int64)  # (Q, 5)

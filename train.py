@@ -22,7 +22,7 @@ from data.images import MARGIN
 from data.sampler import BatchSampler
 from data.tables import NEW_WHALE
 from data.training_set import TrainingSet
-from models.backbone import check_model_name, freeze_early, load_imagenet, train_mode
+from models.backbone import build_backbone, check_model_name, freeze_early, load_imagenet, train_mode
 from models.whale_net import whale_net
 from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule
@@ -156,6 +156,8 @@ def run_steps(c, part, folder):
         if c.grad_accumulation > 1:
             say(state, f'batches of {c.batch_size} in {c.grad_accumulation} parts of {part}: triplets and batch norm within each')
     # An evaluation sees each image and its mirror, forward; a backward pass takes twice the time of that.
+    if c.model_name.startswith('timm/') and any(step['freeze'] for step in steps):
+        freeze_early(build_backbone(c.model_name, c.height, c.width))  # those that cannot be frozen are refused now
     clock = Clock(state['elapsed'], 0, each=2 * len(data.valid_rows) / (3 * c.batch_size))
     for step in steps:
         clock.limit = 60 * c.max_minutes * step['share']

@@ -142,7 +142,10 @@ def adopt(source, to, photographs, test_share, new_share, seed, **columns):
         raise UserError(f'{source} gives {table["test"].sum()} test photographs, and {(count > 1).sum()} ids with two or more in '
                         'training, where three are needed: add photographs, or change --test_share and --new_share')
     table.loc[table['Id'].isin(held), 'Id'] = NEW_WHALE
-    write_layout(table, to)
+    try:
+        write_layout(table, to)
+    except OSError as error:
+        raise UserError(f'{to} cannot be written ({error.strerror}); nothing is left of it') from error
     new = table['test'][table['Id'] == NEW_WHALE]
     # the first stage takes ids with ten photographs outside validation; where none has, it takes all
     schedule = '' if (count > 10).sum() > 1 else ' --schedule "[(0, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)]"'

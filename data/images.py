@@ -23,7 +23,7 @@ def cut_crop(image, mask, box, height, width):
 
     Exact to half a pixel, of the photograph and of the crop, which is less than any box is sure of; whole pixels can be
     cut and resized in a third of the time. image (H, W, 3) uint8, mask (H, W) 0/1 or None, box (x0, y0, x1, y1) in
-    pixels, NaN: the whole image. Returns crop (height, width, 3) uint8 (`out`, if given) and mask (height, width) uint8
+    pixels, NaN: the whole image. Returns crop (height, width, 3) uint8 and mask (height, width) uint8
     0/1, or None.
     """
     rows, columns = image.shape[:2]
@@ -93,6 +93,8 @@ class Crops:
         self.cache = choose_cache(self.bytes, folder, device) if cache == 'auto' else cache
         if self.cache == 'none':
             return
+        if self.cache == 'device' and 'cuda' in device and self.bytes > torch.cuda.mem_get_info(device)[0]:
+            raise UserError(f"the {self.bytes / 1e9:.1f} GB of crops do not fit on {device}: set cache = 'memory' or 'disk'")
         folder.mkdir(parents=True, exist_ok=True)
         self.pixels = self._open(folder / 'crops.u8', (self.count, self.height, self.width, 3))
         self.masks = self._open(folder / 'masks.u8', (self.count, self.height, self.width // 8))

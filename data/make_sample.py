@@ -2,10 +2,11 @@
 
 An animal is a flat picture of its fluke, outline and pigment; a photograph is one view of it: the picture
 bent, tilted, lit, splashed and set into a sea. Animals and photographs have their own random streams, so that
-the files do not depend on how many processes draw them.
+the files do not depend on how many draw at a time.
 """
 import argparse
 import functools
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -262,8 +263,13 @@ def draw_sample(out='data/sample', seed=0, num_ids=num_ids):
     Raises UserError when `out` holds something else.
     """
     out, plan = Path(out), plan_photographs(seed, num_ids)
-    stamp, stamped = f'version {version}, seed {seed}, {num_ids} ids', out / 'sample.txt'
+    stamp, stamped = json.dumps({'version': version, 'seed': seed, 'num_ids': num_ids}), out / 'sample.json'
     if stamped.is_file() and stamped.read_bytes() == stamp.encode():
+        files = ['train.csv', 'bboxes.csv', 'sample_submission.csv', 'test_labels.csv', *(plan['split'] + '/' + plan['Image'])]
+        gone = [name for name in files if not (out / name).is_file()]
+        if gone:
+            raise UserError(f'{out} is no longer the whole sample, {gone[0]} is not there: save what you have added, remove the '
+                            'folder, and draw it again')
         print(f'{out} already holds this sample')
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

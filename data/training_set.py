@@ -49,22 +49,24 @@ class TrainingSet:
 
     def _twins_of(self, fold):
         """Which rows outside the fold (n,) bool show a photograph of it: (n,) bool; notes test images that are in training."""
-        marks = self._fingerprints(self.train['path'])  # (n, 1024)
+        marks = self._fingerprints('train', self.train['path'])  # (n, 1024)
         asked = self.tables.test[~self.tables.test['Image'].isin(self.train['Image'])]  # not those named since
-        copies = asked['Image'][twins(marks, self._fingerprints(asked['path'])) >= 0]
+        copies = asked['Image'][twins(marks, self._fingerprints('test', asked['path'])) >= 0]
         if len(copies):
             self.tables.notes.append(f'{len(copies)} test images show a photograph of train.csv: {", ".join(copies.head(5))}')
         return (twins(marks[fold], marks) >= 0) & ~fold
 
-    def _fingerprints(self, paths):
+    def _fingerprints(self, what, paths):
         """Of the photographs, kept beside the crops under a name that changes with them: (n, 1024)."""
         stats = [(path, (now := os.stat(path)).st_size, now.st_mtime_ns) for path in paths]
-        file = self.crops.folder / f'same_{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.npy'
+        file = self.crops.folder / f'{what}_{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.npy'
         if file.exists():
             return np.load(file)
         marks = fingerprints(paths)
         if file.parent.exists():
             sweep(file.parent)
+            for old in file.parent.glob(f'{what}_*.npy'):
+                old.unlink(missing_ok=True)
             write_whole(file, lambda path: np.save(path, marks))
         return marks
 

@@ -29,7 +29,6 @@ _MIRRORS = ['https://github.com/huggingface/pytorch-image-models/releases/downlo
 WEIGHTS = {
     'senet154': ('v0.1-weights', 'legacy_senet154-e9eb9fe6.pth', 'senet154-c7b49a05.pth'),
     'seresnext101': ('v0.1-weights', 'legacy_se_resnext101_32x4d-37725eac.pth', 'se_resnext101_32x4d-3b2fe3d8.pth'),
-    'seresnext26': ('v0.1-weights', *2 * ('seresnext26_32x4d-65ebdb501.pth',)),
     'seresnext50': ('v0.1-weights', 'legacy_se_resnext50_32x4d-f3651bad.pth', 'se_resnext50_32x4d-a260b3a4.pth'),
     'seresnet50': ('v0.1-cadene', 'se_resnet50-ce0d4300.pth', 'se_resnet50-ce0d4300.pth'),
     'seresnet101': ('v0.1-cadene', 'se_resnet101-7e38fcc6.pth', 'se_resnet101-7e38fcc6.pth'),
@@ -126,11 +125,11 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name, height, width):
         super().__init__()
-        self.options: dict[str, Any] = dict(num_classes=0, global_pool='')
+        self.size, self.options = (height, width), dict[str, Any](num_classes=0, global_pool='')
         try:
             try:
-                self.network = timm.create_model(name, in_chans=4, img_size=(height, width), **self.options)
-                self.options['img_size'] = height, width
+                self.network = timm.create_model(name, in_chans=4, img_size=self.size, **self.options)
+                self.options['img_size'] = self.size
             except TypeError:  # a convolutional network, which takes any size and has no such argument
                 self.network = timm.create_model(name, in_chans=4, **self.options)
             blind_stem(self)
@@ -149,8 +148,9 @@ class TimmBackbone(nn.Module):
         features = self.network.forward_features(x)
         if features.dim() == 3:  # (B, tokens, C)
             features = features[:, getattr(self.network, 'num_prefix_tokens', 0):]
-            rows = round((features.shape[1] * x.shape[2] / x.shape[3]) ** 0.5)
-            return features.transpose(1, 2).unflatten(2, (rows, -1))  # (B, C, h, w)
+            cut: Any = self.network.patch_embed
+            size = cut.dynamic_feat_size(x.shape[-2:]) if hasattr(cut, 'dynamic_feat_size') else cut.grid_size
+            return features.transpose(1, 2).unflatten(2, size)  # (B, C, h, w)
         if features.shape[1] != self.channels:  # (B, h, w, C)
             features = features.permute(0, 3, 1, 2)
         return features
@@ -215,7 +215,7 @@ def fill(backbone, state, name):
 @torch.no_grad()
 def require_blind(backbone, source, name):
     """UserError unless a timm network gives what its three-channel `source` does: some normalise the first layer's weights."""
-    image = torch.rand(1, 4, *backbone.options.get('img_size', (64, 64)))
+    image = torch.rand(1, 4, *backbone.size)
     found, expected = (net.eval().forward_features(part) for net, part in ((backbone.network, image), (source, image[:, :3])))
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()):
         raise UserError(f"{name}'s first layer does not bear a fourth channel: choose another network, or set pretrained = False")

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from data.augment import photometric, to_input
-from data.decode import BadImage, read_image, read_mask
+from data.decode import BadImage, find_bad_images, read_image, read_mask
 from data.make_sample import draw_sample
 from data.tables import BOX, ODD, add_boxes_and_masks, list_files, read_csv
 from data.wild_photographs import draw_wild
@@ -83,8 +83,11 @@ def list_photographs(folder):
     if frame.empty:
         raise UserError(f'{folder} has no photographs in train/, test/ or playground/train/: put them there, or draw the '
                         'sample with `python -m data.make_sample`')
-    shared = frame['Image'][frame['Image'].map(lambda name: Path(name).stem).duplicated(keep=False)]
-    if len(shared):
+    stems = frame['Image'].map(lambda name: Path(name).stem)
+    shared = frame[stems.duplicated(keep=False)]
+    shared = shared[~shared['path'].isin(find_bad_images(shared['path']))]  # but notes beside a photograph are none
+    shared = shared['Image'][stems[shared.index].duplicated(keep=False)].tolist()
+    if shared:
         raise UserError(f'{folder} has photographs whose masks would share a name ({", ".join(shared[:4])}): rename one of them')
     add_boxes_and_masks((frame,), folder, [])
     written = pd.DataFrame(columns=['Image', *BOX, 'mask'])

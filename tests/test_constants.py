@@ -78,6 +78,11 @@ def test_a_whole_number_becomes_a_float_where_one_is_wanted(tmp_path):
     assert type(read(tmp_path, source=SCRIPT.replace('3e-4', '1'), rules=rules).lr) is float
 
 
+@pytest.mark.parametrize('line', ['lr=2e-5', 'lr  =  2e-5 # a step', 'lr: float = 2e-5'])
+def test_other_spaces_are_no_mistake(tmp_path, line):
+    assert read(tmp_path, source=SCRIPT.replace('lr = 3e-4 ', line)).lr == 2e-5
+
+
 @pytest.mark.parametrize('argv, sentence', [
     (['--learning_rate', '1'], "no constant 'learning_rate'"),
     (['--model-name', 'a'], "did you mean 'model_name'"),

@@ -138,7 +138,7 @@ def test_results_that_cannot_be_written(scripts, work, monkeypatch):
     (work / 'results').write_text('a file where the folder should be')
     assert_refused(scripts.train(), 'results')
     (work / 'results').unlink()
-    monkeypatch.setattr(os, 'fsync', raising(OSError(errno.EROFS, os.strerror(errno.EROFS))))
+    monkeypatch.setattr('utils.files.open', raising(OSError(errno.EROFS, os.strerror(errno.EROFS))), raising=False)
     assert_refused(scripts.train(), 'results/cache/', 'Read-only', 'another place')
 
 

@@ -143,6 +143,8 @@ def test_what_the_user_mended_is_the_users(folder, monkeypatch):
 
 def test_photographs_whose_masks_would_share_a_name_are_refused(folder):
     (folder / 'test').mkdir(exist_ok=True)
+    (folder / 'train' / '0.json').write_text('a note of another program')
+    assert '0.json' in set(fluke_finder.list_photographs(folder)['Image'])
     (folder / 'test' / '0.jpg').write_bytes((folder / 'train' / '0.png').read_bytes())
     with pytest.raises(UserError, match='share a name .0.png, 0.jpg.'):
         fluke_finder.list_photographs(folder)

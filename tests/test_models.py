@@ -56,7 +56,7 @@ def test_random_convolutions_begin_as_torch_begins_them():
 
 
 @pytest.mark.parametrize('name', ['seresnext14', 'timm/resnet18', 'timm/convnext_atto', 'timm/vit_tiny_patch16_224',
-                                  'timm/swin_tiny_patch4_window7_224', 'timm/mixer_s32_224', 'timm/tf_mobilenetv3_small_075'])
+                                  'timm/swin_tiny_patch4_window7_224', 'timm/tf_mobilenetv3_small_075'])
 def test_a_mask_changes_nothing_at_first_and_features_are_maps(name):
     size = (112, 224) if '224' in name else (64, 128)
     model = build_backbone(name, *size).eval()
@@ -138,12 +138,13 @@ def test_mirrors_are_tried_in_turn_and_a_wrong_file_is_not_kept(tmp_path, small_
 def test_every_mirror_is_https_and_every_file_names_its_hash():
     assert all(mirror.startswith('https://') for mirror in backbones._MIRRORS)
     for _, *files in backbones.WEIGHTS.values():
-        assert all(re.fullmatch('[0-9a-f]{8,9}', backbones._hash_of(file)) for file in files)
+        assert all(re.fullmatch('[0-9a-f]{8}', backbones._hash_of(file)) for file in files)
 
 
-def test_no_weights_exist_for_the_smallest():
+@pytest.mark.parametrize('name', ['seresnext14', 'seresnext26'])
+def test_the_small_ones_have_no_weights(name):
     with pytest.raises(UserError, match='pretrained = False'):
-        load_imagenet(build_backbone('seresnext14', *SIZE), 'seresnext14')
+        load_imagenet(build_backbone(name, *SIZE), name)
 
 
 @pytest.mark.parametrize('typo, near', [
@@ -179,11 +180,13 @@ def test_frozen_layers_stand_still(name):
 
 def test_a_network_that_does_not_say_which_layers_are_early_cannot_be_frozen():
     with pytest.raises(UserError, match='set freeze = False'):
-        freeze_early(build_backbone('timm/pit_ti_224', 64, 64))
+        model = build_backbone('timm/resnet18', 64, 64)
+        model.network = torch.nn.Conv2d(4, 8, 1)
+        freeze_early(model)
 
 
 @pytest.mark.parametrize('name, why', [('tresnet_m', 'its first layer is no convolution of the image'),
-                                       ('volo_d1_224', 'sizes .* multiply up'), ('coat_tiny', 'Only token or avg pooling')])
+                                       ('mixer_s32_224', 'no attribute .patch_embed'), ('coat_tiny', 'Only token or avg pooling')])
 def test_a_timm_network_without_a_map_of_features_is_refused(name, why):
     with pytest.raises(UserError, match=f'(?i)timm/{name} gives no map of features from 64x128 pixels .*{why}'):
         build_backbone(f'timm/{name}', 64, 128)
@@ -255,7 +258,8 @@ def test_a_rewritten_layer_is_the_plain_one(make, plain, stride, dtype, close):
         found = results(layer, x.to(dtype))
     layer.__class__ = plain
     for one, other in zip(found, results(layer, x)):
-        assert (one - other).norm() <= close * other.norm()
+        size = torch.Tensor.norm if dtype == torch.bfloat16 else lambda values: values.abs().max()  # in bf16 a ReLU may go over
+        assert size(one - other) <= close * size(other)
     assert found[1].is_contiguous(memory_format=torch.channels_last)  # or later additions are slow
 
 

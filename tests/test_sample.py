@@ -48,13 +48,21 @@ def test_drawn_once(sample, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in sample.rglob('*')}
 
 
-@pytest.mark.parametrize('name, text', [('train.csv', 'Image,Id\n'), ('sample.txt', 'version 0, seed 3, 2 ids')])
+@pytest.mark.parametrize('name, text', [('train.csv', 'Image,Id\n'), ('sample.json', '{"version": 0}')])
 def test_another_folder_or_sample_is_left_alone(tmp_path, name, text):
     """The labels that a person has given to a sample's photographs lie beside them."""
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match='something else than this sample: remove it'):
         draw_sample(tmp_path, num_ids=2)
     assert contents(tmp_path) == {name: text.encode()}
+
+
+def test_a_sample_that_is_no_longer_whole_is_said_to_be_so(tmp_path):
+    draw_sample(tmp_path / 'sample', num_ids=2)
+    gone = next((tmp_path / 'sample/train').iterdir())
+    gone.unlink()
+    with pytest.raises(UserError, match=f'train/{gone.name} is not there'):
+        draw_sample(tmp_path / 'sample', num_ids=2)
 
 
 def test_an_empty_folder_is_filled(tmp_path):

@@ -61,6 +61,9 @@ def load(path):
                         'delete it or name another with checkPoint_start') from error
     if _is(state, dict(constants=dict)):
         state = {**state, 'constants': {**ADDED, **state['constants']}}
+        sums = state.get('sums')
+        if isinstance(sums, torch.Tensor) and sums.shape == (10,) and not state.get('raw'):  # the sixth was of ArcFace
+            state['sums'] = torch.cat([sums[:5], sums[6:]])
     if not _is(state, CONTENT) or not all(32 <= state['constants'][side] <= 10_000 for side in ('height', 'width')) or \
             not all(len(pair) == 2 and _is(pair[0], float) and _is(pair[1], int) for pair in state['kept']):
         raise UserError(f'{path} is no checkpoint of train.py; name another with checkPoint_start')

@@ -44,7 +44,8 @@ def read_constants(module, argv, rules):
     above, ruler, _ = script.read_text('utf-8').partition(RULER)
     if not ruler:
         raise UserError(f'{script.name}: the line "{RULER.strip()}" below the constants is missing; put it back')
-    comments = dict(re.findall(r'^(\w+) = (?:.*?  # (.*(?:\n +# .*)*))?', above, re.M))  # indented lines carry a comment on
+    # an indented comment line carries on the comment above it
+    comments = dict(re.findall(r'^(\w+)[ \t]*(?::[^=\n]+)?=(?!=)(?:.*?[ \t]# (.*(?:\n +# .*)*))?', above, re.M))
     for name in [*rules, *comments]:
         if name not in comments:
             raise UserError(f'{script.name}: the constant {name!r} is missing; put it back above the ruler')
