@@ -78,6 +78,9 @@ def main(argv):
     if not len(tables.test) and not c.enrol:
         raise UserError(f'{c.data_dir} has no sample_submission.csv with photographs in test/: there is nothing to answer')
     tables = check_images(tables, c.skip_bad_images)
+    for note in tables.notes:
+        if 'are not in' in note or 'cannot be read' in note:  # what train.py says of the rest is known by now
+            print(note)
     train, asked = tables.train.sort_values('Image', ignore_index=True), tables.test
     crops: dict = {}
     if c.enrol:
@@ -173,6 +176,8 @@ def validate(members, weights, train, asked):
     scores /= count
     threshold, value = choose_threshold(scores, truth)
     print(f'validation MAP@5 {value:.3f} at threshold {threshold:.3f} ({len(images)} images)')
+    if not (truth == len(ids)).any():
+        print(f'none of them is of a {NEW_WHALE}, so the threshold tells nothing of new animals: set it, or new_whale_share')
     return threshold, scores, images
 
 

@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ COLUMNS = {  # the names that are looked for in a CSV, the first one first: lett
     'individual': 'individual individualid identity animal animalid whale whaleid id'.split(),
     'encounter': 'encounter encounterid sighting sightingid occurrence occurrenceid date'.split()}
 
+DAY = r'(\d{4}[-:./]\d\d?[-:./]\d\d?|\d\d?[-./]\d\d?[-./]\d{4}|(?<!\d)(?:19|20)\d{6})'  # of a date, with or without the hour
 SMALL = '--pretrained false --model_name seresnext14 --height 64 --width 128 --max_minutes 60'
 
 
@@ -40,15 +42,20 @@ def read_source(source, folder, given):
     plain, column = {re.sub('[^a-z]', '', name.lower()): name for name in reversed(table.columns)}, {}
     for role, words in COLUMNS.items():
         column[role] = given[role] or next((plain[word] for word in words if word in plain), '')
+        if role == 'encounter' and not column[role]:  # such as `Date taken`
+            like = [name for text, name in plain.items() if re.search('date|encounter|sighting|timestamp', text)]
+            column[role] = (like or [''])[0]
         if column[role] not in table and (given[role] or role != 'encounter'):
             raise UserError(f'{source} has no column {given[role] or " or ".join(words)}: give --{role} the name of one of '
                             f'{", ".join(table.columns)[:200]}')
     print(f'{source}: {", ".join(f"{role} in column {name!r}" for role, name in column.items() if name)}')
+    if not column['encounter']:
+        print('no column of encounters: photographs of one day may come to both sides (--encounter)')
     image, name, encounter = (
         table[column[role]].str.strip() if column[role] else pd.Series('', table.index) for role in COLUMNS)
-    if 'date' in column['encounter'].lower():  # an animal's day is an encounter, whatever the hour
-        day = encounter.str.replace(r'[T ]\d+:\d\d.*', '', regex=True)
-        encounter = (name + ' ' + day).where(day != '', '')
+    day = encounter.str.extract(DAY)[0]
+    if day.notna().sum() > (encounter != '').sum() / 2:  # an animal's day is an encounter, whatever the hour
+        encounter = (name + ' ' + day.fillna(encounter)).where(encounter != '', '')
     image = image.str.replace('\\', '/')
     path = image.map(lambda name: str(folder / name))
     table = table.assign(Image=image, Id=name, path=path, encounter=encounter)[['Image', 'Id', 'path', 'encounter']]
@@ -59,10 +66,12 @@ def read_source(source, folder, given):
 
 def rename(table, source):
     """Make the ids such that a submission can name them, and Image a bare name, unlike all others."""
-    old = table['Id'].str.strip()
-    new = old.str.replace(r'\s+', '_', regex=True).mask(old.str.lower().isin(['', 'unknown', NEW_WHALE]), NEW_WHALE)
+    old = table['Id'].str.strip().str.normalize('NFC')  # accents are written in two ways
+    new = old.str.replace(r'\s+', '_', regex=True)
+    new = new.mask(new.str.lower().isin(['', 'unknown', NEW_WHALE]), NEW_WHALE)
     names = table.assign(old=old, new=new)[['old', 'new']][new != NEW_WHALE].drop_duplicates()
-    refuse(source, names, names['new'].duplicated(keep=False), 'has ids that are the same with _ for a space', 'rename one')
+    alike = names['new'].str.casefold().duplicated(keep=False)
+    refuse(source, names, alike, 'has ids that differ in capitals and spaces only', 'write one as the other, or rename it')
     spaced = names[names['old'] != names['new']]
     if len(spaced):
         print(f'{len(spaced)} ids contain spaces, which become _: {spaced["old"].iloc[0]!r} is now {spaced["new"].iloc[0]!r}')
@@ -131,12 +140,21 @@ def adopt(source, to, photographs, test_share, new_share, seed, **columns):
     beside = source if source.is_dir() else source.parent
     table = read_source(source, Path(photographs or beside), columns)
     table['encounter'] = table['encounter'].mask(table['encounter'] == '', table['Image'])
-    add_boxes((table,), beside / 'bboxes.csv', [])
+    notes: list[str] = []
+    add_boxes((table,), beside / 'bboxes.csv', notes)
+    if (beside / 'bboxes.csv').is_file():
+        print(f'bboxes.csv has boxes of {table["x0"].notna().sum()} of the {len(table)} photographs')
+    loose = [path.name for path in source.iterdir() if path.is_file() and path.suffix != '.csv'] if source.is_dir() else []
+    if loose:
+        print(f'left out: {len(loose)} files that are in no folder of an animal, such as {loose[0]}')
     bad = find_bad_images(list(table['path']))
     for path, reason in bad.items():
-        print(f'left out: {path} ({reason})')
+        print(UserError(f'left out: {path} ({reason})'))  # which shows any name
     table = rename(table[~table['path'].isin(bad)], source)
     table['test'], held = split(table, test_share, new_share, seed)
+    if not (table['Id'][~table['test']] == NEW_WHALE).any():  # validation needs some, too: half of those that are held out
+        back = table['Id'].isin(held[1::2])
+        table['test'] &= ~back | table['encounter'].isin(table['encounter'][~back])
     count = table['Id'][~table['test']].value_counts().drop(NEW_WHALE, errors='ignore')
     if not table['test'].any() or (count > 1).sum() < 3:
         raise UserError(f'{source} gives {table["test"].sum()} test photographs, and {(count > 1).sum()} ids with two or more in '
@@ -147,16 +165,19 @@ def adopt(source, to, photographs, test_share, new_share, seed, **columns):
     except OSError as error:
         raise UserError(f'{to} cannot be written ({error.strerror}); nothing is left of it') from error
     new = table['test'][table['Id'] == NEW_WHALE]
-    # the first stage takes ids with ten photographs outside validation; where none has, it takes all
-    schedule = '' if (count > 10).sum() > 1 else ' --schedule "[(0, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)]"'
+    # the first stage takes ids with ten photographs outside validation; where they are too few for a batch, it takes all
+    total, often = (len(table) - table['test'].sum()) * 2 // 3, count[count > 10].sum() * 2 // 3
+    schedule = '' if often >= 48 else ' --schedule "[(0, False, 3e-4), (0, True, 3e-4), (0, True, 3e-5)]"'
+    batch = '' if total >= 48 else f' --batch_size {max(8, total // 4 * 4)}'
+    folder, run = shlex.quote(str(to)), shlex.quote(to.name)
     print(f'{to}: {len(table)} photographs; {len(bad)} more could not be read\n'
           f'  train: {count.sum()} of {len(count)} ids, and {(~new).sum()} of {NEW_WHALE}\n'
           f'  test: {table["test"].sum() - new.sum()} of ids in training, and {new.sum()} of {NEW_WHALE}, with '
           f'{len(held)} held out ({" ".join(held[:3])}{" ..." if len(held) > 3 else ""})\n'
-          f'next:\n  python train.py --data_dir {to} --run {to.name} --stages all{schedule}\n'
+          f'next:\n  python train.py --data_dir {folder} --run {run} --stages all{schedule}{batch}\n'
           f'    (without a GPU: {SMALL})\n'
-          f'  python test.py --data_dir {to} --run {to.name}\n'
-          f'  python -m utils.metrics results/{to.name}/submission.csv {to}/test_labels.csv')
+          f'  python test.py --data_dir {folder} --run {run}\n'
+          f'  python -m utils.metrics results/{run}/submission.csv {folder}/test_labels.csv')
 
 
 @exit_clearly

@@ -76,7 +76,7 @@ def load_tables(data_dir, flip_is_new_id=True, check_files=True, pseudo=False):
         train = pd.concat([train, _read_answered(pseudo_csv, 'pseudo', train, notes, ids)], ignore_index=True)
     label = train['Id'].map(dict(zip(ids, range(len(ids)))))
     train['label'] = label.fillna((2 if flip_is_new_id else 1) * len(ids)).astype('int64')
-    test = _read_test(data_dir, check_files, notes)
+    test = _read_test(data_dir, check_files, notes, train['Image'][train['source'] == 'train'])
     add_boxes_and_masks((train, test), data_dir, notes)
     group = _read_groups(data_dir / 'duplicate_ids.csv', ids, notes)
     columns = ['path', *BOX, 'mask_path', 'mask_rle']
@@ -124,7 +124,8 @@ def read_photographs(source):
         _find_images(table, source.parent, source, True, [])
     else:
         raise UserError(f'{source} is not there: name a folder of folders, or a CSV with the columns Image and Id')
-    refuse(source, table, table['Id'] == NEW_WHALE, f'has photographs of {NEW_WHALE}', 'give each animal a name')
+    nobody = table['Id'].str.lower().isin([NEW_WHALE, 'unknown'])
+    refuse(source, table, nobody, 'has photographs of animals without a name', 'leave them out, or give each animal a name')
     table = table.reset_index(drop=True)
     add_boxes_and_masks((table,), source if source.is_dir() else source.parent, [])
     return table
@@ -183,7 +184,7 @@ def read_csv(path, columns=None, unique=True):
     missing = [name for name in columns if name not in table]
     if missing:
         raise UserError(f'{path} has no column {" and ".join(missing)} but {",".join(table.columns)[:80]!r}: '
-                        f'its first line must be {",".join(columns)}')
+                        f'its first line must be {",".join(columns)}, with commas')
     table.index += 2
     table = table.loc[(table != '').any(axis=1), list(columns)]
     repeated = table[columns[0]].duplicated(keep=False) & unique
@@ -274,18 +275,22 @@ def _read_answered(csv, source, train, notes, ids=None):
                      for name in table['Image']]
     refuse(csv, table, table['path'] == '', 'has images that are neither in test/ nor in playground/train/',
             'write it anew' if ids is not None else 'put them back, or delete their rows')
+    fresh = sorted(set(table['Id']).difference(train['Id'], [NEW_WHALE]))
     notes.append(f'{csv.name}: {(table["Id"] != NEW_WHALE).sum()} images of ids and {(table["Id"] == NEW_WHALE).sum()} '
-                 f'of {NEW_WHALE} join training; {listed.sum()} left out that have a label already')
+                 f'of {NEW_WHALE} join training; {listed.sum()} left out that have a label already'
+                 + (f'; names that are new: {", ".join(fresh[:10])}' if fresh else ''))
     return table
 
 
-def _read_test(data_dir, check_files, notes):
+def _read_test(data_dir, check_files, notes, named):
     """Test images in the order of sample_submission.csv; an empty table, and a note, where there are none."""
     csv, folder = data_dir / 'sample_submission.csv', data_dir / 'test'
     if not csv.is_file() or check_files and not folder.is_dir():
         notes.append(f'{folder.name if csv.is_file() else csv.name}: absent, no test images')
         return pd.DataFrame({'Image': [], 'path': []}, dtype=str)
-    test = read_labels(csv, ['Image']).reset_index(drop=True)
+    test = read_labels(csv, ['Image'])
+    refuse(csv, test, test['Image'].isin(named), 'names photographs as train.csv does', 'rename them')
+    test = test.reset_index(drop=True)
     _find_images(test, folder, csv, check_files, notes)
     return test
 
@@ -316,7 +321,8 @@ def add_boxes(frames, csv, notes):
 
 def add_masks(frames, folder, csv, notes):
     """Add mask_path, of masks/NAME.png or .jpg, and mask_rle, of masks.csv where there is no such file."""
-    files = {name[:-4]: str(folder / name) for name in list_files(folder) if name.endswith(('.jpg', '.png'))}  # .png last
+    names = sorted(list_files(folder), key=lambda name: name.lower().endswith('.png'))  # last, so that they win
+    files = {Path(name).stem: str(folder / name) for name in names if name.lower().endswith(('.jpg', '.jpeg', '.png'))}
     rles = {}
     if csv.is_file():
         table = read_csv(csv, ['id', 'rle_mask'])

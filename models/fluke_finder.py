@@ -65,7 +65,7 @@ def main(argv):
     publish(frame, found, folder)
     if shown:
         plot_found(results / 'found.png', *zip(*shown))
-    unsure = found['Image'][found['confidence'] < c.min_confidence].tolist()
+    unsure = found['Image'][(found['confidence'] < c.min_confidence) & frame['x0'].isna()].tolist()
     print(f'{folder}: wrote {found["x0"].notna().sum()} boxes and {found["png"].notna().sum()} masks; look at '
           f'{results}/found.png. {len(unsure)} of {len(found)} photographs keep the whole frame, with a confidence below '
           f'{c.min_confidence} in fluke_finder.csv{": " + ", ".join(unsure[:20]) if unsure else ""}'
@@ -250,7 +250,11 @@ def publish(frame, found, folder):
     for path in paths[frame['our_mask']]:
         path.unlink()
     marks = [png and checksum(png) for png in found['png']]
-    write(found.drop(columns='png').assign(confidence=found['confidence'].map('{:.3f}'.format), mask=marks), 'fluke_finder.csv')
+    table = found.drop(columns='png').assign(confidence=found['confidence'].map('{:.3f}'.format), mask=marks)
+    if (folder / 'fluke_finder.csv').is_file():  # photographs that are elsewhere now may come back
+        before = pd.read_csv(folder / 'fluke_finder.csv', dtype=str, na_filter=False)
+        table = pd.concat([table, before[~before['Image'].isin(table['Image'])]])
+    write(table, 'fluke_finder.csv')
     for path, png in zip(paths, found['png']):
         if png:
             write_whole(path, lambda temporary: Path(temporary).write_bytes(png))

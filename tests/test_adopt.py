@@ -105,29 +105,32 @@ def test_the_seed_decides_and_the_order_of_a_list_does_not(animals, run, tmp_pat
     assert {name: data for name, data in snapshot(tmp_path / 'mine').items() if 'list' not in name} == made['a']
 
 
-def encounters(tmp_path, dates, ids=8, visits=6, frames=4):
-    """A CSV of photographs: `frames` at each visit; the encounter is shared by two animals, or is a day of many."""
+def encounters(tmp_path, dates='', column='Date', ids=8, visits=6, frames=4):
+    """A CSV of photographs: `frames` at each visit; the encounter is shared by two animals, or is a day of many, as `dates`
+    writes it with {0} for the day and {1} for the hour."""
     rows, folder = [], tmp_path / 'photographs/2019'
     for animal in range(ids):
         for visit in range(visits):
             for frame in range(frames):
                 name = picture(folder / f'{animal}_{visit}_{frame}.png', len(rows)).name
                 shared = f'e{animal // 2 if visit < 4 else animal}_{visit}'
-                seen = f'2019-06-{visit + 10}T0{frame}:30' if dates else shared
+                seen = dates.format(visit + 10, frame) or shared
                 rows.append((f'2019/{name}', f'w_{animal}', seen))
-    table = pd.DataFrame(rows, columns=['Photo', 'Whale ID', 'Date' if dates else 'Sighting-ID'])
+    table = pd.DataFrame(rows, columns=['Photo', 'Whale ID', column if dates else 'Sighting-ID'])
     table.to_csv(tmp_path / 'list.csv', index=False)
     return tmp_path / 'list.csv'
 
 
-@pytest.mark.parametrize('dates', [False, True], ids=['encounters that animals share', 'dates with hours'])
-def test_an_encounter_is_on_one_side(run, tmp_path, dates):
-    result = run(encounters(tmp_path, dates), '--photographs', tmp_path / 'photographs')
+@pytest.mark.parametrize('dates, column', [
+    ('', ''), ('2019-06-{0}T0{1}:30', 'Date'), ('{0}.06.2019 0{1}.30', 'Date taken'), ('201906{0}0{1}3000', 'Timestamp'),
+    ('0{1}:30 {0}/06/2019', 'Sighting date'), ('2019-06-{0} {1} PM', 'Datetime')])
+def test_an_encounter_is_on_one_side(run, tmp_path, dates, column):
+    result = run(encounters(tmp_path, dates, column), '--photographs', tmp_path / 'photographs')
     assert result.code == 0 and "individual in column 'Whale ID'" in result.out
     train, test = layout(tmp_path / 'mine')
     listed = pd.read_csv(tmp_path / 'list.csv')
     listed['side'] = listed['Photo'].str[5:].isin(test.index)
-    key = [listed['Whale ID'], listed['Date'].str[:10]] if dates else [listed['Sighting-ID']]
+    key = [listed['Whale ID'], listed['Photo'].str.split('_').str[1]] if dates else [listed['Sighting-ID']]
     assert (listed.groupby(key)['side'].nunique() == 1).all()
     assert 8 * 6 * 4 == len(train) + len(test) and 0.15 < len(test) / len(listed) < 0.45  # one of eight ids is held out
     assert (test == 'new_whale').sum() == 24 and train.nunique() == 7
@@ -198,7 +201,7 @@ def test_a_photograph_that_cannot_be_linked_is_copied(animals, run, tmp_path, mo
 
 
 REFUSALS = {
-    'one id twice': (lambda a: (a / 'w 2').rename(a / 'w 3'), [], ['w 3,w_3', 'the same with _']),
+    'one id twice': (lambda a: (a / 'w 2').rename(a / 'w 3'), [], ['w 3,w_3', 'capitals and spaces']),
     'no animals': (lambda a: [shutil.rmtree(path) for path in a.iterdir()], [], ['no folders with photographs']),
     'too few': (lambda a: [shutil.rmtree(a / f'w_{n}') for n in (4, 5, 6, 7, 8)], [], ['three are needed']),
     'share': (lambda a: None, ['--test_share', '0.9'], ['--test_share']),
@@ -252,3 +255,35 @@ def test_blank_ids_and_blank_encounters_of_a_list(animals, run, tmp_path):
     assert run(animals / 'list.csv', '--file', 'where', '--individual', 'who', '--encounter', 'when').code == 0
     train, test = layout(tmp_path / 'mine')
     assert (train == 'new_whale').sum() == 8 and len(train) + len(test) == sum(SIZES.values())
+
+
+def test_without_unknown_animals_half_of_those_held_out_are_new_whale_in_training(animals, run, tmp_path):
+    """A fold without new_whale would choose a threshold that names everything."""
+    shutil.rmtree(animals / 'unknown')
+    result = run(animals, '--new_share', '0.5')
+    train, test = layout(tmp_path / 'mine')
+    assert result.code == 0 and (train == 'new_whale').sum() > 0 and (test == 'new_whale').sum() > 0
+
+
+def test_two_spellings_of_an_id_are_one_mistake_or_one_animal(animals, run, tmp_path):
+    (animals / 'w_3').rename(animals / 'Jose\u0301')
+    (animals / 'w_4').rename(animals / 'Jos\u00e9')
+    result = run(animals)
+    assert result.code == 0 and (pd.concat(layout(tmp_path / 'mine')) == 'Jos\u00e9').sum() == 9
+    shutil.rmtree(tmp_path / 'mine')
+    (animals / 'w_6').rename(animals / 'W_5')
+    assert_refused(run(animals), 'W_5', 'capitals')
+
+
+def test_what_is_in_no_folder_and_which_boxes_fit_is_said(animals, run):
+    shutil.copy(animals / 'w_1/0.png', animals / 'loose.png')
+    (animals / 'bboxes.csv').write_text('Image,x0,y0,x1,y1\nw_3/0.png,1,2,5,6\n0.png,1,2,5,6\n')
+    out = run(animals).out
+    assert '1 files that are in no folder of an animal, such as loose.png' in out and 'boxes of 1 of the 92' in out
+
+
+def test_the_printed_commands_fit_a_small_set(run, tmp_path):
+    for name in 'abcd':
+        for place in range(8):
+            picture(tmp_path / 'few' / name / f'{place}.png', ord(name) * 8 + place)
+    assert '--batch_size 16' in run(tmp_path / 'few', '--new_share', '0').out

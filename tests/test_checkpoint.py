@@ -94,6 +94,14 @@ def test_a_checkpoint_that_is_cut_off_is_refused(tmp_path):
         checkpoint.load(path)
 
 
+def test_the_sums_of_a_checkpoint_with_arcface_lose_its_column(trained):
+    path = trained.train(max_iters=4, eval_every=4, run='x').folder / 'last.pth'
+    state = torch.load(path, weights_only=True)
+    state['sums'] = torch.arange(10.0)
+    checkpoint.save(path, state)
+    assert checkpoint.load(path)['sums'].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match='a.pth is not a readable checkpoint .FileNotFoundError'):
         checkpoint.load(tmp_path / 'a.pth')

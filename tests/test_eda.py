@@ -118,6 +118,12 @@ def test_names_are_no_formulas(photos, looked):
     assert '$\\frac{$: 5' in [text.get_text() for text in panel(numbers, 'photographs of each id').texts]
 
 
+def test_a_name_that_a_person_gave_is_no_id_of_the_pictures(photos, looked):
+    (photos / 'reviewed.csv').write_text('Image,Id\nt00.jpg,w_new\n')
+    (numbers, photographs), out = looked(photos)
+    assert 'w_new' not in out and panel(numbers, 'photographs of each id').lines
+
+
 def test_size_by_the_header(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter

@@ -52,7 +52,7 @@ def test_enrolled_animals_are_answered_and_the_others_stay_as_they_were(scripts,
     again = trained.answer(data_dir=photos, enrol=season)  # what is there already is not added twice
     assert '0 photographs enrolled, 5 were already' in again.out
     (season / 'w_3').rename(season / 'w_4')
-    assert_refused(trained.answer(data_dir=photos, enrol=season), 'w_4/0.jpg', 'enrolled as w_3')
+    assert_refused(trained.answer(data_dir=photos, enrol=season), 'w_4/0.jpg', 'a photograph of w_3 already')
 
 
 def test_enrolment_from_a_csv(trained, season):
@@ -70,6 +70,15 @@ def test_photographs_of_the_fold_that_are_enrolled_validate_no_longer(trained, d
     assert '(2 images)' in trained.answer().out
     draw(tmp_path / 'named/w_named' / new, 7, np.random.default_rng(1))
     assert '1 photographs enrolled, 0 were already' in trained.answer(enrol=tmp_path / 'named').out
+
+
+def test_photographs_that_training_has_are_not_enrolled_again(trained, drawn, tmp_path):
+    """Someone enrols the whole catalogue: the fold stays what it is."""
+    for row in pd.read_csv(drawn / 'train.csv').query('Id != "new_whale"').itertuples():
+        (tmp_path / 'all' / row.Id).mkdir(parents=True, exist_ok=True)
+        shutil.copy(drawn / 'train' / row.Image, tmp_path / 'all' / row.Id)
+    assert ' 0 photographs enrolled' in trained.answer(enrol=tmp_path / 'all').out
+    assert '(3 images)' in trained.answer().out
 
 
 def test_enrolling_needs_no_test_photographs_and_all_runs_or_none(trained, season, photos):

@@ -109,7 +109,7 @@ def test_uncertain_photographs_keep_the_whole_frame(folder, monkeypatch, capsys)
     assert pd.read_csv(folder / 'bboxes.csv')['Image'].tolist() == ['0.png', 'elsewhere.jpg', '1.png']
     assert [path.name for path in (folder / 'masks').iterdir()] == ['1.png']
     out = capsys.readouterr().out
-    assert '5 of 6 photographs keep' in out and '0.png, 2.png, 3.png, 4.png, 5.png' in out
+    assert '4 of 6 photographs keep' in out and ': 2.png, 3.png, 4.png, 5.png' in out
 
 
 def test_its_own_files_are_written_anew_and_never_learned_from(folder, monkeypatch):
@@ -139,6 +139,18 @@ def test_what_the_user_mended_is_the_users(folder, monkeypatch):
     run(folder)
     assert pd.read_csv(folder / 'bboxes.csv').set_index('Image')['x1']['3.png'] == 95
     assert cv2.imread(str(folder / 'masks/4.png'), cv2.IMREAD_UNCHANGED).all()
+
+
+def test_photographs_that_were_away_for_a_run_are_still_its_own(folder, monkeypatch):
+    answers(monkeypatch)
+    run(folder)
+    away = folder / 'playground/train/5.png'
+    content = away.read_bytes()
+    away.unlink()
+    run(folder)
+    away.write_bytes(content)
+    frame = fluke_finder.list_photographs(folder).set_index('Image')
+    assert frame.loc['5.png', 'our_box'] and frame.loc['5.png', 'our_mask']
 
 
 def test_photographs_whose_masks_would_share_a_name_are_refused(folder):

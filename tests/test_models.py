@@ -186,7 +186,8 @@ def test_a_network_that_does_not_say_which_layers_are_early_cannot_be_frozen():
 
 
 @pytest.mark.parametrize('name, why', [('tresnet_m', 'its first layer is no convolution of the image'),
-                                       ('mixer_s32_224', 'no attribute .patch_embed'), ('coat_tiny', 'Only token or avg pooling')])
+                                       ('mixer_s32_224', 'no attribute .patch_embed'),
+                                       ('coat_tiny', 'Only token or avg pooling')])
 def test_a_timm_network_without_a_map_of_features_is_refused(name, why):
     with pytest.raises(UserError, match=f'(?i)timm/{name} gives no map of features from 64x128 pixels .*{why}'):
         build_backbone(f'timm/{name}', 64, 128)

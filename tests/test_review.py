@@ -143,8 +143,8 @@ def test_enter_says_what_the_network_says_until_a_person_chooses(browse, tmp_pat
     press(page, '1')
     assert 'Enter' in text(page, 'accept')
     press(page, 'Enter')
-    page.fill('#other', 'two words'), press(page, 'Enter')
-    page.fill('#other', 'w_other'), press(page, 'Enter')
+    page.fill('#other', '  '), press(page, 'Enter')
+    page.fill('#other', ' w other '), press(page, 'Enter')
     assert export(page, tmp_path).read_text().splitlines()[1:] == ['b.jpg,w_b,accepted', EVIL_ROW]
     page.fill('#id', 'w_othe')
     assert text(page, 'count') == '1 of 5 photographs'
@@ -213,6 +213,20 @@ def test_decisions_outlive_a_reload_and_belong_to_one_training(browse, tmp_path)
     assert 'Decided: w_b' in text(page, 'verdict')
     other = browse(FEW | dict(key='another'), page.context)
     assert text(other, 'decided') == '0 of 5 decided'
+
+
+def test_an_edited_reviewed_csv_beats_what_the_browser_remembers(browse):
+    page = browse(FEW | dict(reviewed=[]))
+    press(page, 'Enter', 'n')
+    name = image(page)
+    page = browse(FEW | dict(reviewed=[['a.jpg', 'w_corrected']]), page.context)
+    assert text(page, 'decided') == '2 of 5 decided' and image(page) == name
+    press(page, 'ArrowLeft', 'ArrowLeft')
+    assert image(page) == 'a.jpg' and 'Decided: w_corrected' in text(page, 'verdict')
+    press(page, 'n')  # and what is decided after that beats the file
+    page.reload()
+    press(page, 'ArrowLeft', 'ArrowLeft')
+    assert 'Decided: new_whale' in text(page, 'verdict')
 
 
 def test_two_windows_keep_each_others_decisions(browse):

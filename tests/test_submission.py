@@ -176,6 +176,13 @@ def test_a_submission_for_the_photographs_of_the_fold_scores_as_validation_did(t
     assert f'{score_submission(result.folder / "submission.csv", photos / "truth.csv")["map5"]:.3f}' == said
 
 
+def test_a_fold_without_new_whale_is_said_to_tell_nothing_of_new_animals(scripts, photos):
+    table = pd.read_csv(photos / 'train.csv')
+    table[table['Id'] != 'new_whale'].to_csv(photos / 'train.csv', index=False)
+    assert scripts.train(data_dir=photos, max_iters=2).code == 0
+    assert 'tells nothing of new animals' in scripts.answer(data_dir=photos).out
+
+
 def test_where_a_mirror_is_the_same_animal_both_scripts_work(scripts):
     folder = scripts.train(flip_is_new_id=False, max_iters=3).folder
     assert torch.load(folder / 'best.pth', weights_only=True)['model']['head.weight'].shape[0] == 10

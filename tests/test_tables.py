@@ -197,9 +197,10 @@ def test_photographs_listed_in_a_csv_beside_them(tmp_path):
 
 @pytest.mark.parametrize('name, text, sentence', [
     ('a b/a.jpg', '', 'has ids with a space in them (*a b/a.jpg,*): write _ in its place*'),
-    ('new_whale/a.jpg', '', 'has photographs of new_whale (*new_whale/a.jpg,*): give each animal a name'),
+    ('new_whale/a.jpg', '', 'has photographs of animals without a name (*new_whale/a.jpg,*): leave them out*'),
+    ('Unknown/a.jpg', '', 'has photographs of animals without a name*'),
     ('a.jpg', '', 'holds no folders with photographs: make one for each id, named as the id'),
-    ('animals.csv', 'Image,Id\na.jpg,new_whale\n', 'has photographs of new_whale (line 2: a.jpg,new_whale,*): give each *'),
+    ('animals.csv', 'Image,Id\na.jpg,new_whale\n', 'has photographs of animals without a name (line 2: a.jpg,new_whale,*)*'),
     ('animals.csv', 'Image,Id\nb.jpg,w_1\n', '1 of the 1 images that s/animals.csv lists are not in s (b.jpg): *'),
     ('nowhere', None, 'is not there: name a folder of folders, or a CSV with the columns Image and Id'),
 ])
@@ -321,8 +322,8 @@ FIVE = 'line 2: a,w; line 3: a,w; line 4: a,w; line 5: a,w; line 6: a,w'
 
 
 @pytest.mark.parametrize('name, text, sentence', [
-    ('train.csv', 'Image;Id\na;w\n', "has no column Image and Id but 'Image;Id': its first line must be Image,Id"),
-    ('train.csv', 'Image,Name\na,w\n', "has no column Id but 'Image,Name': its first line must be Image,Id"),
+    ('train.csv', 'Image;Id\na;w\n', "has no column Image and Id but 'Image;Id': its first line must be Image,Id, with commas"),
+    ('train.csv', 'Image,Name\na,w\n', "has no column Id but 'Image,Name': its first line must be Image,Id, with commas"),
     ('train.csv', 'Image,Id\n\n', 'has no rows: it needs one line for each image'),
     ('train.csv', 'Image,Id\na,new_whale\n', 'names no id but new_whale: label some images with their ids'),
     ('train.csv', 'Image,Id\na,w\n\n,w\n', 'has rows without an image or an id (line 4: ,w): fill in (new_whale if unknown)'),
@@ -449,3 +450,20 @@ def test_pipes_and_devices_are_no_photographs(folder):
     os.symlink('/dev/zero', folder / 'playground' / 'train' / 'p.jpg')
     (folder / 'playground' / 'train' / 'q.jpg').touch()
     assert unlabelled_playground(load_tables(folder, check_files=False))['Image'].tolist() == ['q.jpg']
+
+
+def test_masks_may_have_other_suffixes(folder):
+    (folder / 'masks').mkdir()
+    for name in ('d.JPEG', 'a.PNG', 'a.jpg', 'z.Jpg'):
+        (folder / 'masks' / name).touch()
+    tables = load_tables(folder)
+    paths = tables.train.set_index('Image')['mask_path']
+    assert paths['d.jpg'].endswith('d.JPEG') and paths['a.jpg'].endswith('a.PNG')
+    assert tables.test['mask_path'].notna().tolist() == [True, False]
+
+
+def test_a_test_photograph_named_as_a_labelled_one_is_refused(folder):
+    """Cameras count from 1 each season; boxes, masks and a person's labels go by the name."""
+    write_set(folder / 'x', ROWS, ['z.jpg', 'd.jpg'])
+    with pytest.raises(UserError, match=r'sample_submission.csv names photographs as train.csv does .line 3: d.jpg'):
+        load_tables(folder / 'x')

@@ -34,7 +34,8 @@ def draw_data(data_dir):
     grey = np.array(in_threads(is_grey, some['path'], 'colours'), float)  # (m,)
     failed = len(here) - len(readable) + np.isnan(grey).sum()
     some, grey = some[~np.isnan(grey)], grey[~np.isnan(grey)]
-    sizes, new, count = frame['Id'].value_counts().reindex(tables.ids), (frame['Id'] == NEW_WHALE).sum(), frame['Id'].count()
+    is_new, count = frame['Id'] == NEW_WHALE, frame['Id'].count()
+    sizes, new = frame['Id'][~is_new].value_counts(), is_new.sum()
     numbers = {'training photographs': f'{count:,}', 'test photographs': f'{len(tables.test):,}',
                f'ids + {NEW_WHALE}': f'{len(sizes):,} + {min(new, 1)}', 'ids with one photograph': f'{(sizes == 1).sum():,}',
                f'photographs of {NEW_WHALE}': f'{new:,} ({new / count:.0%})'}

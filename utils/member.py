@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from data.images import Crops
+from data.tables import NEW_WHALE
 from models.backbone import fold_batch_norms
 from models.whale_net import whale_net
 from utils import checkpoint
@@ -153,19 +154,22 @@ class Member:
 
     def enrol(self, frame):
         """Add photographs under their ids, to be kept by `save_gallery`; the number of those that were not there yet."""
-        names = np.array([sha256(path)[:16] for path in frame['path']])
-        known = dict(zip(self.images[self.enrolled], self.owners[self.enrolled]))
+        names, sizes = np.array([sha256(path)[:16] for path in frame['path']]), {os.path.getsize(path) for path in frame['path']}
+        own = self.train[self.train['Id'] != NEW_WHALE]
+        known = {sha256(path)[:16]: name for path, name in zip(own['path'], own['Id']) if os.path.getsize(path) in sizes}
+        known.update(zip(self.images[self.enrolled], self.owners[self.enrolled]))
+        fresh = ~np.isin(names, list(known)) & ~pd.Series(names).duplicated().to_numpy()
         for name, image, owner in zip(names, frame['Image'], frame['Id']):
             if known.setdefault(name, owner) != owner:
-                raise UserError(f'{image} is enrolled as {known[name]} already, not as {owner}: delete {self.gallery_file} and '
-                                'enrol all photographs again, or leave it out')
-        fresh = ~np.isin(names, self.images[self.enrolled]) & ~pd.Series(names).duplicated().to_numpy()
+                raise UserError(f'{image} is a photograph of {known[name]} already, not of {owner}: leave it out; or, if it was '
+                                f'enrolled by mistake, delete {self.gallery_file} and enrol the others again')
         frame, names = frame[fresh].reset_index(drop=True), names[fresh]
         if len(frame):
             crops = self._crops(frame)
-            crops.readable(False)
-            self.add(names, frame['Id'].to_numpy(str), self.embed(crops, np.arange(len(frame)), 'enrolment'))
-        return len(frame)
+            rows = np.flatnonzero(crops.readable(self.c.skip_bad_images))
+            self.add(names[rows], frame['Id'].to_numpy(str)[rows], self.embed(crops, rows, 'enrolment'))
+            return len(rows)
+        return 0
 
     def _written(self):
         return self.gallery_file.stat().st_mtime_ns if self.gallery_file.exists() else None
@@ -191,6 +195,8 @@ class Member:
         rows = np.flatnonzero(valid)
         if self.enrolled.any():  # a photograph of the fold that was enrolled since would find itself
             rows = rows[[sha256(path)[:16] not in self.images[self.enrolled] for path in self.train['path'].iloc[rows]]]
+        if not len(rows):
+            raise UserError(f'no photograph of the fold is left to validate with: delete {self.gallery_file}, enrol others')
         in_fold = torch.from_numpy(np.isin(self.images, self.fold_images) & ~self.enrolled)
         truth = torch.tensor([number.get(name, len(names)) for name in self.train['Id'].iloc[rows]])
         everything = self.net, self.labelled, rows, *self.settings
