@@ -64,8 +64,7 @@ pretrained = True           # ImageNet weights (a file in weights/, else downloa
 pseudo_label_weight = 0.0   # above 0: learn from pseudo_labels.csv too, which test.py writes; 1: as much as from true labels
 
 # Network, loss and batch
-pooling = 'mean'            # of the feature map into the embedding; 'gem': generalized mean, its power learned
-strips = 'down'             # of the local branch: 'down' the image or 'across' it
+strips = 'across'           # of the local branch: 'across' the image, since a fluke is wide, or 'down' it as the reference's
 w_sigmoid = 1.0             # weight of the binary classifiers' loss
 w_triplet = 1.0             # weight of the triplet loss on the global embedding
 w_local = 1.0               # weight of the triplet loss on the aligned strips; 0 leaves the branch out
@@ -93,7 +92,7 @@ compile = 'auto'            # torch.compile: 'auto' on a GPU; 'yes', 'no'
 
 RULES = {
     **SHARED_RULES, **one_of('stages', 'one', 'all', 'cosine'),
-    **one_of('pooling', 'mean', 'gem'), **one_of('strips', 'down', 'across'), **rule('model_name', str, bool, 'a text in quotes'),
+    **one_of('strips', 'across', 'down'), **rule('model_name', str, bool, 'a text in quotes'),
     **rule('freeze flip_is_new_id pretrained', bool, lambda v: True, 'True or False'),
     **rule('min_num_class', int, lambda v: v >= 0, 'a whole number, 0 or more'),
     **rule('hardest grad_accumulation max_iters eval_every patience', int, lambda v: v > 0, 'a whole number above 0'),

@@ -18,9 +18,9 @@ class WhaleNet(nn.Module):
     gallery alike. `classes` is 2N: the ids, then their mirror images; new_whale has no unit.
     """
 
-    def __init__(self, model_name, classes, height=256, width=512, pooling='mean', strips='down'):
+    def __init__(self, model_name, classes, height=256, width=512, strips='across'):
         super().__init__()
-        self.pooling, self.across = pooling, strips == 'across'
+        self.across = strips == 'across'
         self.backbone = build_backbone(model_name, height, width)
         channels = self.backbone.channels
         self.neck = nn.BatchNorm1d(channels)
@@ -31,27 +31,19 @@ class WhaleNet(nn.Module):
         self.register_buffer('std', torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         nn.init.normal_(self.head.weight, std=0.001)  # every classifier starts undecided
         nn.init.zeros_(self.head.bias)
-        if pooling == 'gem':  # generalized mean, arXiv:1711.02512: its power begins at 3 and is learned
-            self.power = nn.Parameter(torch.tensor(3.0))
 
     def forward(self, images, local=True):
         rgb = (images[:, :3] - self.mean) / self.std
         features = self.backbone(torch.cat([rgb, images[:, 3:]], 1))  # (B, C, h, w)
         with torch.autocast(images.device.type, enabled=False):  # bf16 has 8 bits: thousands of logits would tie
-            embedding = F.normalize(self.neck(self.pool(features.float())))  # (B, C)
+            embedding = F.normalize(self.neck(features.float().mean((2, 3))))  # (B, C)
             logits = LOGIT_SCALE * self.head(embedding)  # (B, 2N)
         if not local:
             return embedding, logits, None
         strips = self.local(features).mean(2 if self.across else 3).float()  # (B, 512, w or h)
         return embedding, logits, F.normalize(strips, dim=1).transpose(1, 2)
 
-    def pool(self, features):
-        """(B, C, h, w) -> (B, C)."""
-        if self.pooling == 'mean':
-            return features.mean((2, 3))
-        return features.clamp(min=1e-6).pow(self.power).mean((2, 3)).pow(1 / self.power)
-
 
 def whale_net(made, classes):
     """The network that the constants of a training describe; `made` is a dict, as a checkpoint holds them."""
-    return WhaleNet(made['model_name'], classes, made['height'], made['width'], made['pooling'], made['strips'])
+    return WhaleNet(made['model_name'], classes, made['height'], made['width'], made['strips'])

@@ -10,14 +10,14 @@ import torch
 from utils.errors import UserError, raise_if_machines
 from utils.files import write_whole
 
-ADDED = dict(pooling='mean', strips='down')  # constants that older checkpoints lack
+ADDED = dict(strips='down')  # constants that older checkpoints lack
 # What a checkpoint holds, by type; a list is a list of such.
 CONTENT = dict(
     model=dict, optimizer=dict(state=dict, param_groups=[dict]), sums=torch.Tensor, ids=[str],
     fold_images=[str], iteration=int, step=int, first=int, finished=bool, best=float, since_best=int, kept=[tuple],
     threshold=float, rows=[tuple], start=(int, str), elapsed=float, mark=float, log=[str], evaluations=[dict], constants=dict(
         model_name=str, height=int, width=int, flip_is_new_id=bool, fold=int, seed=int, pretrained=bool, stages=str,
-        pooling=str, strips=str, w_local=float))
+        strips=str, w_local=float))
 KEEP = 3  # the best evaluations of a step also stay under their iteration
 
 
@@ -76,7 +76,7 @@ def fill(net, state, path):
         net.load_state_dict(state['model'])
     except Exception as error:  # RuntimeError, and others where the dict holds no tensors
         made = ', '.join(f'{name} = {state["constants"].get(name)!r}' for name in (
-            'model_name', 'flip_is_new_id', 'pooling'))
+            'model_name', 'flip_is_new_id'))
         raise UserError(f'the weights in {path} do not fit: it was trained with {made}; set the same, or name another '
                         'checkpoint') from error
 

@@ -10,7 +10,7 @@ from utils import checkpoint
 from utils.errors import UserError
 
 STEP = ('freeze', 'min_num_class', 'lr', 'checkPoint_start')
-FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed', 'pretrained', 'pooling', 'strips',
+FIXED = ('model_name', 'height', 'width', 'flip_is_new_id', 'fold', 'seed', 'pretrained', 'strips',
          'w_local')  # of a run, over all its steps
 
 
