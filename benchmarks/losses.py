@@ -6,7 +6,7 @@ from models.losses import hardest_pairs, hinge, local_triplet_loss, pair_masks
 from utils.device import choose_device
 from utils.metrics import average_precision, choose_threshold, rank_of_truth
 
-BATCH, STRIPS, CHANNELS, CLASSES = 144, 8, 512, 10008
+BATCH, STRIPS, CHANNELS, CLASSES = 144, 16, 512, 10008
 
 
 def loop_form(strips, labels, group):
