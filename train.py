@@ -154,9 +154,9 @@ def run_steps(c, part, folder):
             say(state, note)
         if c.grad_accumulation > 1:
             say(state, f'batches of {c.batch_size} in {c.grad_accumulation} parts of {part}: triplets and batch norm within each')
-    # An evaluation sees each image and its mirror, forward; a backward pass takes twice the time of that.
     if c.model_name.startswith('timm/') and any(step['freeze'] for step in steps):
         freeze_early(build_backbone(c.model_name, c.height, c.width))  # those that cannot be frozen are refused now
+    # An evaluation sees each image and its mirror, forward; a backward pass takes twice the time of that.
     clock = Clock(state['elapsed'], 0, each=2 * len(data.valid_rows) / (3 * c.batch_size))
     for step in steps:
         clock.limit = 60 * c.max_minutes * step['share']

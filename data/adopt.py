@@ -140,8 +140,7 @@ def adopt(source, to, photographs, test_share, new_share, seed, **columns):
     beside = source if source.is_dir() else source.parent
     table = read_source(source, Path(photographs or beside), columns)
     table['encounter'] = table['encounter'].mask(table['encounter'] == '', table['Image'])
-    notes: list[str] = []
-    add_boxes((table,), beside / 'bboxes.csv', notes)
+    add_boxes((table,), beside / 'bboxes.csv', [])
     if (beside / 'bboxes.csv').is_file():
         print(f'bboxes.csv has boxes of {table["x0"].notna().sum()} of the {len(table)} photographs')
     loose = [path.name for path in source.iterdir() if path.is_file() and path.suffix != '.csv'] if source.is_dir() else []

@@ -281,7 +281,8 @@ def draw_sample(out='data/sample', seed=0, num_ids=num_ids):
             (folder / name).mkdir(parents=True)
         ordered = plan.sort_values(['animal', 'Image'])     # neighbours share an animal's picture
         jobs = [(folder, seed, num_ids, *row) for row in ordered[['animal', 'Image', 'split']].itertuples()]
-        boxes = pd.DataFrame(in_threads(write_photograph, jobs, 'photographs'), ordered['Image'], ['x0', 'y0', 'x1', 'y1'])
+        boxes = in_threads(write_photograph, jobs, 'photographs', few=0)
+        boxes = pd.DataFrame(boxes, ordered['Image'], ['x0', 'y0', 'x1', 'y1'])
         boxes.sort_index().to_csv(folder / 'bboxes.csv')
         train, test = (plan.loc[plan['split'] == split, ['Image', 'Id']] for split in ('train', 'test'))
         guess = test.assign(Id=' '.join(['new_whale', *sorted(set(train['Id']) - {'new_whale'})[:4]]))

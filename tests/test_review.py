@@ -229,6 +229,15 @@ def test_an_edited_reviewed_csv_beats_what_the_browser_remembers(browse):
     assert 'Decided: new_whale' in text(page, 'verdict')
 
 
+def test_what_an_earlier_page_remembers_is_kept(browse):
+    page = browse()
+    page.evaluate("localStorage.setItem(`review ${data.key}`, JSON.stringify([['a.jpg', 'w_kept']]))")
+    page.reload()
+    assert text(page, 'decided') == '1 of 5 decided'
+    press(page, 'ArrowLeft')
+    assert 'Decided: w_kept' in text(page, 'verdict')
+
+
 def test_two_windows_keep_each_others_decisions(browse):
     one = browse()
     other = browse(context=one.context)

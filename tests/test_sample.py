@@ -65,8 +65,9 @@ def test_a_sample_that_is_no_longer_whole_is_said_to_be_so(tmp_path):
         draw_sample(tmp_path / 'sample', num_ids=2)
 
 
-def test_an_empty_folder_is_filled(tmp_path):
+def test_an_empty_folder_is_filled_under_a_bar(tmp_path, capsys):
     assert draw_sample(tmp_path, num_ids=2) and (tmp_path / 'train.csv').is_file()
+    assert 'photographs: 100%' in capsys.readouterr().err
 
 
 def test_interrupted_leaves_nothing(tmp_path, monkeypatch):

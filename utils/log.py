@@ -44,7 +44,7 @@ def progress_bar(iterable=None, **options):
     return _Lines(iterable, mininterval=30, **options)
 
 
-def in_threads(function, items, what):
-    """The function's result of each item, in order, under a bar where they are many."""
+def in_threads(function, items, what, few=2000):
+    """The function's result of each item, in order, under a bar where they are not few."""
     with ThreadPoolExecutor() as pool:
-        return list(progress_bar(pool.map(function, items), total=len(items), desc=what, unit='img', disable=len(items) < 2000))
+        return list(progress_bar(pool.map(function, items), total=len(items), desc=what, unit='img', disable=len(items) < few))
