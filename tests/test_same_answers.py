@@ -33,6 +33,13 @@ assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'  # other kernels ind
 test.main(sys.argv[1:])
 """
 
+STAND_IN = PROCESS.split('train.train_mode')[0] + """
+import tests.standin, torch
+import test
+test.main(sys.argv[1:])
+assert tests.standin.products > 30 and not torch.backends.cudnn.allow_tf32  # float32 was asked for
+"""
+
 
 @pytest.fixture
 def many(photos):
@@ -97,6 +104,19 @@ def test_an_older_processor_answers_as_this_one(scripts, many, work):
     done = subprocess.run([sys.executable, 'answer.py', *arguments(**ASKED, data_dir=many)], timeout=300,
                           env={**os.environ, **older, 'PYTHONPATH': str(REPO)})
     assert done.returncode == 0
+    there = answers(Path('results/r'))['Id'].str.split(expand=True).to_numpy()
+    assert share_alike(here, there, 5) >= 0.99
+
+
+def test_a_stand_in_for_a_gpu_answers_as_the_cpu(scripts, many, work):
+    """Other rounding, and the branches that the program takes on a GPU only."""
+    assert scripts.train(data_dir=many, **TRAINED).code == 0
+    settings = dict(data_dir=many, gallery_weight=0.5)
+    here = top_five(scripts.answer(**settings))
+    (work / 'answer.py').write_text(STAND_IN)
+    settings = {**ASKED, **settings, 'device': 'cudastandin', 'compile': 'no', 'matches': 4}
+    subprocess.run([sys.executable, 'answer.py', *arguments(**settings)], check=True, timeout=300,
+                   env={**os.environ, 'PYTHONPATH': str(REPO)})
     there = answers(Path('results/r'))['Id'].str.split(expand=True).to_numpy()
     assert share_alike(here, there, 5) >= 0.99
 
