@@ -45,14 +45,13 @@ pseudo_label_min_score = 0.0  # above 0, such as 0.9: test and playground images
 pseudo_new_max_score = 0.05  # and as new_whale those whose best id scores less
 skip_bad_images = False     # True: go on without images that cannot be read (answered with new_whale)
 cache_dir = 'results/cache'  # decoded crops
-cache = 'auto'              # where they are read from: 'device', 'memory', 'disk', 'none' (decode anew), 'auto': what fits
+cache = 'disk'              # where they are read from: 'disk', 'none' (decode anew); 'memory', 'device' gain nothing here
 matches = 8                 # queries in matches.png; 0: no pictures
 review = True               # matches.html and its thumbnails in matches/: look at all answers in a browser, decide, export
 batch_size = 64             # images at a time, each with its mirror image
 device = 'auto'             # 'auto', 'cuda', 'cuda:1', 'cpu'
 threads = 0                 # CPU threads; 0: all cores
 precision = 'auto'          # 'auto': bf16 where the hardware has it; 'bf16', 'fp32'
-compile = 'auto'            # torch.compile: 'auto' on a GPU; 'yes', 'no'
 # ----------------------------------------------------------------------------------------------------------------------
 
 RULES = {

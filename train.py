@@ -6,6 +6,7 @@ Several GPUs: torchrun --nproc_per_node=8 -- train.py --batch_size 384; each has
 """
 from utils.clock import Clock  # first: max_minutes counts the slow imports too
 
+import gc
 import math
 import sys
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -26,8 +28,8 @@ from models.backbone import build_backbone, check_model_name, freeze_early, load
 from models.whale_net import whale_net
 from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule
-from utils.device import amp_dtype, choose_device, compile_network
-from utils.errors import UserError, exit_clearly
+from utils.device import amp_dtype, choose_device, compile_network, describe
+from utils.errors import UserError, exit_clearly, is_out_of_memory
 from utils.figures import plot_batch, plot_curves
 from utils.files import held, write_whole
 from utils.interrupt import Interrupt
@@ -87,11 +89,11 @@ seed = 0                    # same seed, same machine: same weights
 device = 'auto'             # 'auto', 'cuda', 'cuda:1', 'cpu'
 threads = 0                 # CPU threads; 0: all cores
 precision = 'auto'          # 'auto': bf16 where the hardware has it; 'bf16', 'fp32'
-compile = 'auto'            # torch.compile: 'auto' on a GPU; 'yes', 'no'
+compile = 'auto'            # torch.compile: 'auto' on a single GPU; 'yes', 'no'
 # ----------------------------------------------------------------------------------------------------------------------
 
 RULES = {
-    **SHARED_RULES, **one_of('stages', 'one', 'all', 'cosine'),
+    **SHARED_RULES, **one_of('stages', 'one', 'all', 'cosine'), **one_of('compile', 'auto', 'yes', 'no'),
     **one_of('strips', 'across', 'down'), **rule('model_name', str, bool, 'a text in quotes'),
     **rule('freeze flip_is_new_id pretrained', bool, lambda v: True, 'True or False'),
     **rule('min_num_class', int, lambda v: v >= 0, 'a whole number, 0 or more'),
@@ -150,7 +152,7 @@ def run_steps(c, part, folder):
     if len(data.valid_rows) < ranks.world():
         raise UserError(f'{ranks.world()} processes are more than the {len(data.valid_rows)} validation images; start fewer')
     if state['model'] is None:
-        for note in data.notes:
+        for note in [describe(c.device, c.precision), *data.notes]:
             say(state, note)
         if c.grad_accumulation > 1:
             say(state, f'batches of {c.batch_size} in {c.grad_accumulation} parts of {part}: triplets and batch norm within each')
@@ -164,10 +166,13 @@ def run_steps(c, part, folder):
             state = fresh(state, step, state['elapsed'])
         try:
             state = train_step(c, step, data, folder, state, clock)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             state = None  # told below, where nothing holds on to that memory any more
         if state is None:
             raise UserError(out_of_memory(c, data, part))
+        gc.collect()  # the step's network and optimizer hold one another, in the GPU's memory
     print(f'finished: {folder}/best.pth; now python test.py --data_dir {c.data_dir} --run {c.run}')
     ranks.wait()
 
@@ -189,7 +194,7 @@ def build(c, step, data, folder, state):
     if step['freeze']:
         freeze_early(net.backbone)
     if ranks.world() > 1 and 'cuda' in c.device:
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = convert_sync_batchnorm(net)  # timm's, which knows that some of its norms hold an activation too
     return net.to(c.device, memory_format=torch.channels_last)
 
 
@@ -202,7 +207,8 @@ def train_step(c, step, data, folder, state, clock):
     optimizer = kind([p for p in net.parameters() if p.requires_grad], lr=step['lr'], betas=(0.9, 0.99),
                      weight_decay=decay, fused=True)
     why_not = compile_network(net, c.compile, c.device)
-    model = DistributedDataParallel(net) if ranks.world() > 1 else net  # the same weights; it averages the gradients
+    # the same weights, with gradients averaged; some networks of timm have layers that nothing asks
+    model = DistributedDataParallel(net, find_unused_parameters='timm/' in c.model_name) if ranks.world() > 1 else net
     if ranks.rank() == 0:  # written first, when nothing is refused any more
         lines = ''.join(f'{name} = {value!r}\n' for name, value in vars(c).items())
         write_whole(folder / 'constants.txt', lambda path: Path(path).write_text(lines, encoding='utf-8'))

@@ -108,6 +108,7 @@ def main():
         compare({f"cache = '{name}'": lambda crops=crops: [crops[many[k:k + 48]] for k in range(0, len(many), 48)]
                  for name, crops in cached.items()}, len(many))
         if torch.cuda.is_available():
+            torch.use_deterministic_algorithms(False)  # as on a GPU
             on_device = [part.cuda() for part in cached['memory'][rows]]
             print('augmentation on the GPU')
             compare({'augment': lambda: [augment(*on_device, flips.cuda(), HEIGHT, WIDTH, MARGIN) for _ in range(20)]},

@@ -77,8 +77,8 @@ def main(argv):
     cuda = device == 'cuda'
     model_name = argv[0] if argv else 'senet154' if cuda else 'seresnext50'
     batch = int(argv[1]) if len(argv) > 1 else 48 if cuda else 4
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     amp = amp_dtype('auto', device)
+    torch.backends.cudnn.allow_tf32 = False  # which 'auto' allows
     flops, moved = floors(model_name, batch, device)
     arithmetic, memory = machine(device)
     print(f'{model_name}, batch {batch}, {HEIGHT}x{WIDTH}, {CLASSES} classes, on '
@@ -90,6 +90,7 @@ def main(argv):
     if amp:
         kinds[f'+ {str(amp).split(".")[-1]}'] = dict(channels_last=True, amp=amp, rewritten=False)
     if cuda:
+        kinds['the same but NCHW'] = dict(channels_last=False, amp=amp, compiled=True)
         kinds['+ torch.compile (ours)'] = dict(channels_last=True, amp=amp, compiled=True)
     else:
         kinds['+ layers rewritten for a CPU (ours)'] = dict(channels_last=True, amp=amp)

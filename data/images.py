@@ -102,7 +102,7 @@ class Crops:
         todo = np.flatnonzero(done == 0)
         if len(todo):
             self._build(todo, done)
-        if self.cache in ('memory', 'device'):
+        if self.cache == 'memory':
             self.pixels, self.masks = np.array(self.pixels), np.array(self.masks)
         if self.cache == 'device':
             self.pixels, self.masks = (torch.from_numpy(part).to(device) for part in (self.pixels, self.masks))

@@ -72,6 +72,6 @@ class TrainingSet:
 
     def batch(self, pairs, pin=False):
         """(row, flip) pairs (B, 2) -> raw crops, masks, labels, flips, weights, in memory that a GPU reads while it computes."""
-        rows, flips = pairs.T
-        parts = *self.crops[rows], self.labels[rows], torch.from_numpy(flips.copy()), self.weight[rows]
+        rows, flips = np.ascontiguousarray(pairs.T)
+        parts = *self.crops[rows], self.labels[rows], torch.from_numpy(flips), self.weight[rows]
         return [part.pin_memory() if pin and part.device.type == 'cpu' else part for part in parts]

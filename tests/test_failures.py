@@ -29,6 +29,7 @@ from utils import checkpoint
 from utils.errors import exit_clearly
 from utils.files import write_whole
 
+REPO = Path(__file__).parent.parent
 LONG = dict(max_iters=8, eval_every=4, lr=1e-4, checkPoint_start='last')  # a second step, after that of `trained`
 
 
@@ -55,7 +56,11 @@ def assert_fails_clearly(error, capsys, *words):
     assert_refused(SimpleNamespace(code=stop.value.code, err=capsys.readouterr().err), *words)
 
 
-@pytest.mark.parametrize('make', [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: bytearray(1 << 62)])
+@pytest.mark.parametrize('make', [
+    lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: bytearray(1 << 62),
+    raising(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')), raising(RuntimeError('CUDA error: out of memory')),
+    raising(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')),
+    raising(RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'))])
 def test_memory_that_is_used_up_is_a_sentence(capsys, make):
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         make()
@@ -70,6 +75,18 @@ def test_a_helper_that_was_killed_is_a_sentence(capsys):
 def test_a_mistake_of_the_code_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         exit_clearly(raising(error))()
+
+
+@pytest.mark.parametrize('error, code, said', [
+    ('utils.errors.UserError("no")', 2, 'error: no'), ('ValueError("odd")', 1, 'Traceback'),
+    ('KeyboardInterrupt', 130, 'stopped')])
+def test_a_process_of_torchrun_that_fails_goes_at_once(error, code, said):
+    """Its farewell, here one that never ends, would wait for processes that wait for it."""
+    script = (f'import atexit, time, utils.errors\natexit.register(time.sleep, 600)\n@utils.errors.exit_clearly\n'
+              f'def main(): raise {error}\nmain()')
+    done = subprocess.run([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': str(REPO), 'RANK': '0'}, timeout=60,
+                          capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr
 
 
 # What is written

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import SmallBackbone, arguments, assert_refused, together
+import train
+from models.backbone import build_backbone
+from tests.conftest import SETTINGS, SmallBackbone, arguments, assert_refused, together
 from utils import device
 
 REPO = Path(__file__).parent.parent
@@ -112,9 +114,41 @@ def test_out_of_memory_names_what_fits(scripts, monkeypatch):
     assert_refused(scripts.train(batch_size=32), 'batch_size', '8 at a time fit', 'grad_accumulation = 4')
 
 
+def test_the_log_says_what_computes(scripts, monkeypatch):
+    first = (scripts.train().folder / 'log.txt').read_text().splitlines()[0]
+    assert first == 'computing on the CPU, 1 threads, in float32'
+    monkeypatch.setattr(device.os.path, 'exists', lambda path: True)  # a driver is there
+    assert ('is its driver too old' in device.describe('cpu', 'fp32')) != torch.cuda.is_available()
+
+
+def test_a_gpu_that_cannot_be_used_is_said(scripts, monkeypatch):
+    def refuse(_):
+        raise RuntimeError('CUDA error: no kernel image is available for execution on the device\nmore')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', refuse)
+    assert_refused(scripts.train(device='cuda'), 'no kernel image is available', 'too old')
+
+
 def test_what_cannot_be_compiled_is_said(scripts, monkeypatch):
     def no_compiler(*_, **__):
         raise RuntimeError('no compiler here')
     monkeypatch.setattr(device.torch, 'compile', no_compiler)
     done = scripts.train(compile='yes')
     assert done.code == 0 and 'not compiled: RuntimeError: no compiler here' in (done.folder / 'log.txt').read_text()
+
+
+def test_the_norms_of_several_gpus_keep_their_activations():
+    """Some of timm's batch norms hold one, which torch's own conversion would drop."""
+    net, images = build_backbone('timm/mobilenetv3_small_050', 32, 64).eval(), torch.rand(2, 4, 32, 64)
+    before = net(images)
+    converted = train.convert_sync_batchnorm(net)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
+    assert torch.allclose(converted(images), before, atol=1e-6)
+
+
+def test_processes_train_a_network_with_layers_that_nothing_asks(drawn, work):
+    settings = dict(SETTINGS, data_dir=drawn, model_name='timm/mobilenetv3_small_050', batch_size=16)
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--', str(REPO / 'train.py')]
+    done = subprocess.run([sys.executable, *launch, *arguments(**settings)], timeout=300, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr

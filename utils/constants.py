@@ -26,7 +26,7 @@ SHARED_RULES = {  # of train.py and test.py
     **rule('skip_bad_images', bool, lambda v: True, 'True or False'),
     **rule('threads', int, lambda v: v >= 0, 'a whole number, 0 or more'),
     **one_of('cache', 'auto', 'device', 'memory', 'disk', 'none'),
-    **one_of('precision', 'auto', 'bf16', 'fp32'), **one_of('compile', 'auto', 'yes', 'no')}
+    **one_of('precision', 'auto', 'bf16', 'fp32')}
 
 
 def read_constants(module, argv, rules):

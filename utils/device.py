@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from utils import ranks
 from utils.errors import UserError
 
 
@@ -22,9 +23,16 @@ def choose_device(device, threads=0):
         raise UserError(f"device = '{device}' is no device; write 'auto', 'cuda', 'cuda:1' or 'cpu'") from error
     if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device = '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    if kind.type == 'cuda' and 'LOCAL_RANK' not in os.environ:  # torchrun gives each process a GPU of its own, later
+        try:
+            torch.cuda.set_device(kind.index or 0)  # what asks for no device by name asks this one
+            torch.ones(1, device=device).add(1)
+        except RuntimeError as error:
+            raise UserError(f"{device} cannot be used ({str(error).splitlines()[0]}): is it taken by another program, or too "
+                            "old for this torch? Or set device = 'cpu'") from error
     torch.backends.cudnn.benchmark = True  # all batches have one size: try each algorithm once, keep the fastest
+    torch.use_deterministic_algorithms(kind.type == 'cpu')  # the same bits each time, at no cost but that of the next default
     if kind.type == 'cpu':
-        torch.use_deterministic_algorithms(True)  # the same bits each time, at no cost but that of the next line's default
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
         if mallopt:  # keep freed memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD): fresh pages cost more time than most operations
@@ -34,8 +42,8 @@ def choose_device(device, threads=0):
 
 def compile_network(net, compile, device):
     """torch.compile `net` in place, on a GPU or when asked to ('yes'); returns why it could not, else None."""
-    if compile == 'no' or compile == 'auto' and 'cuda' not in device:
-        return None
+    if compile == 'no' or compile == 'auto' and ('cuda' not in device or ranks.world() > 1):
+        return None  # SyncBatchNorm, which several GPUs need, would cut the network into pieces at each layer
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))  # is there a compiler at all?
     except Exception as error:  # many kinds, by what is missing
@@ -51,3 +59,12 @@ def amp_dtype(precision, device):
     native = torch.cuda.is_bf16_supported(including_emulation=False) if 'cuda' in device else \
         getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()
     return torch.bfloat16 if precision == 'bf16' or precision == 'auto' and native else None
+
+
+def describe(device, precision):
+    """What computes, for the log, which shows at once when it is not what one thought."""
+    amp = amp_dtype(precision, device) or torch.float32
+    name = torch.cuda.get_device_name(device) if 'cuda' in device else f'the CPU, {torch.get_num_threads()} threads'
+    idle = 'cuda' not in device and os.path.exists('/proc/driver/nvidia/version') and not torch.cuda.is_available()
+    return f'computing on {name}, in {str(amp).split(".")[-1]}' + (
+        f'; torch cannot use the GPU of this machine: is its driver too old for CUDA {torch.version.cuda}?' if idle else '')

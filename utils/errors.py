@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 REMEDIES = {
     errno.ENOSPC: 'make room on that disk', errno.EDQUOT: 'your quota is used up, make room',
@@ -20,12 +21,19 @@ class UserError(Exception):
         return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())  # names may hold anything
 
 
+def is_out_of_memory(error):
+    """Of the machine or of a GPU, whichever part of torch met it."""
+    text = str(error) if isinstance(error, RuntimeError) else ''
+    return isinstance(error, MemoryError) or any(sign in text for sign in (
+        'out of memory', 'ALLOC_FAILED', "can't allocate memory"))
+
+
 def explain(error):
     """The sentence about an error that is not a mistake of this code; None for any other."""
     text, kind = str(error) if isinstance(error, RuntimeError) else '', type(error).__name__
     if isinstance(error, UserError):
         return str(error)
-    if kind == 'OutOfMemoryError' or isinstance(error, MemoryError) or "can't allocate memory" in text:  # the first is torch's
+    if is_out_of_memory(error):
         return "out of memory: lower batch_size, height and width, or set cache = 'disk'"
     if isinstance(error, OSError) and error.errno:
         return str(UserError(f'{error.filename or "a file or pipe"}: {error.strerror}: {REMEDIES.get(error.errno, "look at it")}'
@@ -46,21 +54,29 @@ def exit_clearly(main):
     SIGTERM ends it as Ctrl-C does."""
     @functools.wraps(main)
     def run(*args, **kwargs):
-        follows = os.environ.get('RANK', '0') != '0'  # a process of torchrun, the first of which speaks
+        joined, follows = 'RANK' in os.environ, os.environ.get('RANK', '0') != '0'  # torchrun's; the first of them speaks
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(*args, **kwargs)
         except Exception as error:
             sentence = explain(error)
-            if sentence is None:
+            if sentence is None and not joined:
                 raise
             if follows:  # time to be ended because of the first process; it alone in trouble, this one speaks
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(5)
-            print(f'error: {sentence}', file=sys.stderr)
-            sys.exit(2)
+            print(f'error: {sentence}' if sentence else traceback.format_exc(), file=sys.stderr)
+            _leave(2 if sentence else 1, joined)
         except KeyboardInterrupt:  # before or between the places that save; nothing is lost that was written
             if not follows:
                 print('stopped', file=sys.stderr)
-            sys.exit(130)
+            _leave(130, joined)
     return run
+
+
+def _leave(code, joined):
+    """End this process; one of several at once, since NCCL's farewell waits for the others, and they for this one's part."""
+    if joined:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

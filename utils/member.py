@@ -13,7 +13,7 @@ from data.tables import NEW_WHALE
 from models.backbone import fold_batch_norms
 from models.whale_net import whale_net
 from utils import checkpoint
-from utils.device import amp_dtype, compile_network
+from utils.device import amp_dtype
 from utils.errors import UserError, raise_if_machines
 from utils.files import sha256, write_whole
 from utils.metrics import choose_threshold
@@ -97,9 +97,6 @@ class Member:
         checkpoint.fill(self.net, state, file)
         self.net.to(c.device, memory_format=torch.channels_last)
         fold_batch_norms(self.net.backbone)
-        why_not = compile_network(self.net, c.compile, c.device)
-        if why_not:
-            print(f'not compiled: {why_not}')
         self.settings = (*self.size, len(ids), self.made['flip_is_new_id'], c.batch_size, c.device,
                          amp_dtype(c.precision, c.device), VIEWS[:c.views])
         self._load_gallery()

@@ -14,7 +14,8 @@ def predict_batches(net, crops, rows, height, width, num_ids, flip_is_new_id=Tru
 
     Each image is seen as it is and mirrored; the mirror's scores are those of the flipped ids, so both speak of the
     same N ids: (p[:, :N] + p_mirror[:, N:]) / 2. The views at several `scales` are averaged. `amp` is a torch dtype for
-    autocast, None for float32. `what` is done, for a progress bar; '': none.
+    autocast, None for float32. `what` is done, for a progress bar; '': none. A network that is compiled for training runs
+    eagerly here: to compile for these sizes too takes longer than it saves, and would make its later steps slower.
     """
     net.eval()
     second = slice(num_ids, None) if flip_is_new_id else slice(None)
@@ -27,7 +28,7 @@ def predict_batches(net, crops, rows, height, width, num_ids, flip_is_new_id=Tru
             images = to_input(pixels, masks, height, width, MARGIN, view)  # (b, 4, H, W)
             images = torch.cat([images, images.flip(3)]).contiguous(memory_format=torch.channels_last)  # (2b, 4, H, W)
             with torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
-                embedding, logits, _ = net(images, local=False)
+                embedding, logits, _ = net.forward(images, local=False)
             image, mirror = logits.sigmoid().chunk(2)  # (b, 2N) each
             scores = scores + (image[:, :num_ids] + mirror[:, second]) / 2
             embeddings = embeddings + torch.stack(embedding.chunk(2), 1)  # (b, 2, C)
