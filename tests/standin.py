@@ -1,11 +1,9 @@
 """A stand-in for a GPU: after `import tests.standin`, in a process of its own, the scripts know a device 'cudastandin'.
 
-It computes on the CPU, and is as strict as a GPU: a tensor of it beside one of the CPU is an error, and what would make the
-processor wait for the GPU is written to WAITS. Its products are rounded otherwise than the CPU's: from float64, or, where
-the program allows TF32, from inputs of 10 bits. What it cannot show: speed, memory, streams, a real GPU's kernels.
+It computes on the CPU, and refuses what a GPU refuses: a tensor of it beside one of the CPU is an error, and what would make the
+processor wait for the GPU is written to WAITS. Its float32 products are rounded otherwise than the CPU's, from float64.
+What it cannot show: speed, memory, streams, torch.compile, several GPUs, a real GPU's kernels.
 """
-from types import SimpleNamespace
-
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -19,10 +17,8 @@ products = 0  # so far
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
-LOOKS_AT_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-                   aten._unique2.default, aten.unique_consecutive.default}
-CONVOLUTIONS = {aten.convolution.default, aten.conv2d.default}  # the second where no gradient is wanted, like two of the next
-PRODUCTS = CONVOLUTIONS | {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.matmul.default}
+LOOKS_AT_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # .item(), nonzero, unique ...
+PRODUCTS = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
 class OnDevice(torch.Tensor):
@@ -40,9 +36,16 @@ class OnDevice(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __format__(self, how):
+        return format(self.cpu(), how)
+
+    def __repr__(self):
+        return repr(self.cpu())
+
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
-        return call(op, args, kwargs or {})
+        done = op.decompose(*args, **(kwargs or {}))  # where no gradient is wanted torch leaves that to us
+        return call(op, args, kwargs or {}) if done is NotImplemented else done
 
 
 def call(op, args, kwargs):
@@ -50,10 +53,14 @@ def call(op, args, kwargs):
     flat, form = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     ours = {id(x.raw): x for x in tensors if isinstance(x, OnDevice)}
-    others = [x for x in tensors if not isinstance(x, OnDevice)]
-    if ours and any(x.dim() for x in others) and op not in COPIES:  # but the CPU's numbers may point into our tensors
-        if op not in INDEXING or not isinstance(args[0], OnDevice) or any(x.is_floating_point() for x in others):
+    pointers = [x for x in args[1] if x is not None] if op in INDEXING else []  # those of the CPU may point into our tensors
+    others = [x for x in tensors if not isinstance(x, OnDevice) and all(x is not pointer for pointer in pointers)]
+    if ours and others and op not in COPIES:  # but a number of the CPU may be read, element by element
+        numbers = op in INDEXING or torch.Tag.pointwise in op.tags
+        if not numbers or any(x.dim() for x in others) or op._schema.is_mutable and not isinstance(args[0], OnDevice):
             raise RuntimeError(f'{op}: tensors on two devices, {NAME} and the CPU')
+    if any(isinstance(x, torch.Generator) for x in flat):
+        raise RuntimeError(f'{op}: random numbers of the CPU for {NAME}')
     to_cpu = torch.device(kwargs.get('device') or NAME).type == 'cpu'
     if op in COPIES:
         source = args[0]
@@ -61,40 +68,48 @@ def call(op, args, kwargs):
             to_cpu, source = not isinstance(args[0], OnDevice), args[1]
         at_leisure = (kwargs.get('non_blocking') or args[2:] == (True,)) and hasattr(source, 'pinned')
         waits = to_cpu if isinstance(source, OnDevice) else not at_leisure
+    elif op in INDEXING:  # a mask's places are counted first, and the CPU's are copied
+        waits = any(x.dtype in (torch.bool, torch.uint8) or not isinstance(x, OnDevice) for x in pointers)
     else:
-        waits = op in LOOKS_AT_VALUES or op in INDEXING and any(x.dtype == torch.bool for x in args[1] if x is not None)
+        waits = not LOOKS_AT_VALUES.isdisjoint(op.tags)
     if waits:
         WAITS.append(str(op))
     flat = [x.raw if isinstance(x, OnDevice) else torch.device('cpu') if isinstance(x, torch.device) else x for x in flat]
     args, kwargs = pytree.tree_unflatten(flat, form)
     kwargs.pop('pin_memory', None)
-    result = product(op, args) if op in PRODUCTS and args[0].dtype == torch.float32 else op(*args, **kwargs)
+    result = product(op, args, kwargs) if op in PRODUCTS else op(*args, **kwargs)
     if to_cpu:
         return result
-    return pytree.tree_map_only(torch.Tensor, lambda x: ours[id(x)] if id(x) in ours else OnDevice(x), result)
+    for x in ours.values():
+        if x.shape != x.raw.shape:  # torch.arange fills an empty one
+            x.data = OnDevice(x.raw)
+    normal = op.is_view and not all(x.is_inference() for x in ours.values())  # a view is what it is a view of
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not normal):
+        return pytree.tree_map_only(torch.Tensor, lambda x: ours[id(x)] if id(x) in ours else OnDevice(x), result)
 
 
-def product(op, args):
+def product(op, args, kwargs):
     global products
     products += 1
-    short = op in CONVOLUTIONS and torch.backends.cudnn.allow_tf32
-
-    def exact(x):
-        return (((x.view(torch.int32) + 4096) & -8192).view(torch.float32) if short else x).double()
-
-    return op(*pytree.tree_map_only(torch.Tensor, exact, args)).float()
+    exact = pytree.tree_map_only(torch.Tensor, lambda x: x.double() if x.dtype == torch.float32 else x, (args, kwargs))
+    result = op(*exact[0], **exact[1])
+    return result.float() if result.dtype == torch.float64 else result
 
 
-class Module(SimpleNamespace):
-    """What torch asks of a device's module."""
+def lowered(op):
+    """A product as torch.autocast has it computed where it is on: in bf16."""
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
-    def __init__(self):
-        nothing = dict.fromkeys(['manual_seed_all', 'set_device', 'synchronize'], lambda *_: None)
-        super().__init__(**nothing, is_available=lambda: True, is_initialized=lambda: True, _is_in_bad_fork=lambda: False,
-                         device_count=lambda: 1, current_device=lambda: 0, get_amp_supported_dtype=lambda: [torch.bfloat16])
+    def cast(*args):
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return op(*pytree.tree_map_only(torch.Tensor, lambda x: x.bfloat16() if x.dtype == torch.float32 else x, args))
+
+    return cast
 
 
 def pin(tensor):
+    if isinstance(tensor, OnDevice):
+        raise RuntimeError('only tensors of the CPU can be pinned')
     tensor = tensor.clone()
     tensor.pinned = True
     return tensor
@@ -102,10 +117,13 @@ def pin(tensor):
 
 def install(real_save=torch.save, real_tensor=torch.tensor):
     """Registers the device; the rest is what torch does for a GPU inside, and the program asks of torch.cuda."""
-    _setup_privateuseone_for_python_backend(NAME, Module())
-    library = torch.library.Library('_', 'IMPL')
+    _setup_privateuseone_for_python_backend(NAME)
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
+    library, operations = torch.library.Library('_', 'IMPL'), torch.library.Library('aten', 'IMPL')
     library.fallback(lambda op, *args, **kwargs: call(op, args, kwargs), 'PrivateUse1')
     library.fallback(torch.library.fallthrough_kernel, 'AutocastPrivateUse1')
+    for name in ('conv2d', 'linear', 'matmul', 'bmm'):
+        operations.impl(name, lowered(getattr(aten, name).default), 'AutocastPrivateUse1')
     torch.tensor = lambda data, device='cpu', **options: real_tensor(data, **options).to(device)
     torch.save = lambda state, path: real_save(pytree.tree_map_only(OnDevice, lambda x: x.cpu(), state), path)
     torch.Tensor.pin_memory = pin
@@ -113,7 +131,7 @@ def install(real_save=torch.save, real_tensor=torch.tensor):
     torch.cuda.is_bf16_supported = lambda **_: True
     torch.cuda.get_device_name = lambda _: 'a stand-in'
     train.choose_device = test.choose_device = lambda device, threads: torch.set_num_threads(1) or device
-    return library  # which takes back what it has registered when it goes
+    return library, operations  # which takes back what it has registered when it goes
 
 
 LIBRARY = install()

@@ -137,6 +137,14 @@ def test_what_cannot_be_compiled_is_said(scripts, monkeypatch):
     assert done.code == 0 and 'not compiled: RuntimeError: no compiler here' in (done.folder / 'log.txt').read_text()
 
 
+def test_training_is_compiled_and_evaluation_is_not(scripts, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, real=torch.nn.Module.compile: real(net, backend='eager'))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert scripts.train(compile='yes').code == 0  # with two evaluations
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2  # of a trial, whether there is a compiler, and the step
+
+
 def test_the_norms_of_several_gpus_keep_their_activations():
     """Some of timm's batch norms hold one, which torch's own conversion would drop."""
     net, images = build_backbone('timm/mobilenetv3_small_050', 32, 64).eval(), torch.rand(2, 4, 32, 64)
