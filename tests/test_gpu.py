@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from data.augment import augment
 from data.images import MARGIN, Crops, raw_size
 from models.whale_net import WhaleNet
@@ -36,6 +37,24 @@ def test_a_step_never_waits_for_the_device():
         step()
     finally:
         torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('cache', ['disk', 'device'])
+def test_a_training_never_waits_between_evaluations(scripts, monkeypatch, cache):
+    calls = []
+
+    def learn(*args, real=train.learn):
+        measured = real(*args)
+        calls.append(1)
+        torch.cuda.set_sync_debug_mode('error' if 2 <= len(calls) < 5 else 'default')
+        return measured
+
+    monkeypatch.setattr(train, 'learn', learn)
+    try:
+        done = scripts.train(device='cuda', precision='auto', cache=cache, compile='no', max_iters=6, eval_every=6)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert done.code == 0 and len(calls) == 6, done
 
 
 def test_compiled_is_eager():
