@@ -172,7 +172,8 @@ def run_steps(c, part, folder):
             state = None  # told below, where nothing holds on to that memory any more
         if state is None:
             raise UserError(out_of_memory(c, data, part))
-        gc.collect()  # the step's network and optimizer hold one another, in the GPU's memory
+        if 'cuda' in c.device:
+            gc.collect()  # the step's network and optimizer hold one another, in the GPU's memory
     print(f'finished: {folder}/best.pth; now python test.py --data_dir {c.data_dir} --run {c.run}')
     ranks.wait()
 
