@@ -22,7 +22,7 @@ from data.duplicates import fingerprints, twins
 from data.tables import NEW_WHALE, load_tables, read_photographs, unlabelled_playground
 from utils import checkpoint
 from utils.constants import SHARED_RULES, read_constants, rule
-from utils.device import choose_device
+from utils.device import choose_device, describe, require_works
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_distances, plot_matches
 from utils.files import sweep, write_whole
@@ -45,7 +45,7 @@ pseudo_label_min_score = 0.0  # above 0, such as 0.9: test and playground images
 pseudo_new_max_score = 0.05  # and as new_whale those whose best id scores less
 skip_bad_images = False     # True: go on without images that cannot be read (answered with new_whale)
 cache_dir = 'results/cache'  # decoded crops
-cache = 'disk'              # where they are read from: 'disk', 'none' (decode anew); 'memory', 'device' gain nothing here
+cache = 'auto'              # where they are read from: 'disk', 'none' (decode anew), 'auto': the disk, if it has room for them
 matches = 8                 # queries in matches.png; 0: no pictures
 review = True               # matches.html and its thumbnails in matches/: look at all answers in a browser, decide, export
 batch_size = 64             # images at a time, each with its mirror image
@@ -68,6 +68,8 @@ RULES = {
 def main(argv):
     c = read_constants(globals(), argv, RULES)
     c.device = choose_device(c.device, c.threads)
+    require_works(c.device)
+    print(describe(c.device, c.precision))
     files = find_files(c)
     if c.weights and len(c.weights) != len(files):
         raise UserError(f'weights has {len(c.weights)} numbers for {len(files)} members: give one for each')

@@ -28,7 +28,7 @@ from models.backbone import build_backbone, check_model_name, freeze_early, load
 from models.whale_net import whale_net
 from utils import checkpoint, ranks
 from utils.constants import SHARED_RULES, one_of, read_constants, rule
-from utils.device import amp_dtype, choose_device, compile_network, describe
+from utils.device import amp_dtype, choose_device, compile_network, describe, require_works
 from utils.errors import UserError, exit_clearly, is_out_of_memory
 from utils.figures import plot_batch, plot_curves
 from utils.files import held, write_whole
@@ -129,6 +129,7 @@ def main(argv):
             ': give it in the rows of schedule (schedule_scratch when pretrained = False)' if c.stages == 'all' else
             ', which trains all ids and layers to the end, by AdamW with 0.05: leave it out'))
     c.device = ranks.start(choose_device(c.device, c.threads))
+    require_works(c.device)
     part = c.batch_size // (c.grad_accumulation * ranks.world())
     if part < 8 or part * c.grad_accumulation * ranks.world() != c.batch_size or part % 4:
         raise UserError(f'batch_size = {c.batch_size} cannot be cut into {c.grad_accumulation * ranks.world()} equal '
@@ -151,7 +152,9 @@ def run_steps(c, part, folder):
                         'removed or repaired, so learned ones would validate; choose another run')
     if len(data.valid_rows) < ranks.world():
         raise UserError(f'{ranks.world()} processes are more than the {len(data.valid_rows)} validation images; start fewer')
-    if state['model'] is None:
+    if state['model']:
+        print(describe(c.device, c.precision))  # the log has said where it began
+    else:
         for note in [describe(c.device, c.precision), *data.notes]:
             say(state, note)
         if c.grad_accumulation > 1:
@@ -166,7 +169,7 @@ def run_steps(c, part, folder):
             state = fresh(state, step, state['elapsed'])
         try:
             state = train_step(c, step, data, folder, state, clock)
-        except Exception as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             state = None  # told below, where nothing holds on to that memory any more

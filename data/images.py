@@ -105,7 +105,7 @@ class Crops:
         if self.cache == 'memory':
             self.pixels, self.masks = np.array(self.pixels), np.array(self.masks)
         if self.cache == 'device':
-            self.pixels, self.masks = (torch.from_numpy(part).to(device) for part in (self.pixels, self.masks))
+            self.pixels, self.masks = (torch.from_numpy(part).to(device, copy=True) for part in (self.pixels, self.masks))
 
     def __len__(self):
         return self.count
@@ -194,7 +194,7 @@ class Crops:
             free = shutil.disk_usage(path.parent).free
             if size > free:  # a full disk would end a write to mapped memory with a bus error
                 raise UserError(f'{path.parent} needs {size / 1e9:.1f} GB for decoded crops and {free / 1e9:.1f} GB are free; '
-                                'make room, or set cache_dir to a folder on another disk')
+                                'make room, set cache_dir to a folder on another disk, or cache = \'none\'')
             with open(path, 'ab') as file:  # another training may have it by now: it is not emptied
                 try:
                     getattr(os, 'posix_fallocate', lambda *_: 0)(file.fileno(), 0, size)  # the room is ours from now on

@@ -21,7 +21,7 @@ from data.wild_photographs import draw_wild
 from models.finder_net import FlukeFinder, box_of, find, finder_loss
 from utils import checkpoint
 from utils.constants import SHARED_RULES, one_of, read_constants, rule
-from utils.device import amp_dtype, choose_device
+from utils.device import amp_dtype, choose_device, require_works
 from utils.errors import UserError, exit_clearly
 from utils.figures import plot_found
 from utils.files import write_whole
@@ -58,6 +58,7 @@ LEARNING = 'train_on photographs iterations batch_size lr height width seed prec
 def main(argv):
     c = read_constants(globals(), argv, RULES)
     c.device, folder, results = choose_device(c.device, c.threads), Path(c.data_dir), Path('results') / c.run
+    require_works(c.device)
     if c.data_dir == 'data/sample' and not folder.exists():
         draw_sample(folder)
     frame = list_photographs(folder)

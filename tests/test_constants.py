@@ -116,6 +116,7 @@ def test_mistakes_on_the_command_line(tmp_path, argv, sentence):
     ('max_iters = 100', 'max_iters = True', 'max_iters is True'),
     ('lr = 3e-4', 'lrate = 3e-4', "constant 'lr' is missing"),
     ('freeze = False', 'freeze = False\nlrs = 2', "train.py: there is no constant 'lrs'; did you mean 'lr'"),
+    ('freeze = False', 'freeze = False\nqqqqqqqq = 2', "there is no constant 'qqqqqqqq'; delete its line"),
     ('# -----', '# === ', 'below the constants is missing'),
 ])
 def test_mistakes_in_the_script(tmp_path, old, new, sentence):

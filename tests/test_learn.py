@@ -116,9 +116,12 @@ def test_out_of_memory_names_what_fits(scripts, monkeypatch):
 
 def test_the_log_says_what_computes(scripts, monkeypatch):
     first = (scripts.train().folder / 'log.txt').read_text().splitlines()[0]
-    assert first == 'computing on the CPU, 1 threads, in float32'
+    assert first == 'computing on the CPU with 1 thread, in fp32'
     monkeypatch.setattr(device.os.path, 'exists', lambda path: True)  # a driver is there
-    assert ('is its driver too old' in device.describe('cpu', 'fp32')) != torch.cuda.is_available()
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert ('torch cannot use the GPU' in device.describe('cpu', 'fp32')) != torch.cuda.is_available()
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert device.describe('cpu', 'fp32') == first
 
 
 def test_a_gpu_that_cannot_be_used_is_said(scripts, monkeypatch):

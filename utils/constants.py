@@ -50,7 +50,9 @@ def read_constants(module, argv, rules):
         if name not in comments:
             raise UserError(f'{script.name}: the constant {name!r} is missing; put it back above the ruler')
         if name not in rules:
-            raise UserError(f'{script.name}: there is no constant {name!r}; {_nearest(name, rules)}')
+            near = _nearest(name, rules)
+            remedy = near if near.startswith('did') else 'delete its line'
+            raise UserError(f'{script.name}: there is no constant {name!r}; {remedy}')
     given = _read_command_line(argv, module, comments)
     values = {}
     for name in comments:

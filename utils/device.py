@@ -23,13 +23,6 @@ def choose_device(device, threads=0):
         raise UserError(f"device = '{device}' is no device; write 'auto', 'cuda', 'cuda:1' or 'cpu'") from error
     if kind.type == 'cuda' and (kind.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device = '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA devices")
-    if kind.type == 'cuda' and 'LOCAL_RANK' not in os.environ:  # torchrun gives each process a GPU of its own, later
-        try:
-            torch.cuda.set_device(kind.index or 0)  # what asks for no device by name asks this one
-            torch.ones(1, device=device).add(1)
-        except RuntimeError as error:
-            raise UserError(f"{device} cannot be used ({str(error).splitlines()[0]}): is it taken by another program, or too "
-                            "old for this torch? Or set device = 'cpu'") from error
     torch.backends.cudnn.benchmark = True  # all batches have one size: try each algorithm once, keep the fastest
     torch.use_deterministic_algorithms(kind.type == 'cpu')  # the same bits each time, at no cost but that of the next default
     if kind.type == 'cpu':
@@ -41,7 +34,7 @@ def choose_device(device, threads=0):
 
 
 def compile_network(net, compile, device):
-    """torch.compile `net` in place, on a GPU or when asked to ('yes'); returns why it could not, else None."""
+    """torch.compile `net` in place, on a single GPU or when asked to ('yes'); returns why it could not, else None."""
     if compile == 'no' or compile == 'auto' and ('cuda' not in device or ranks.world() > 1):
         return None  # SyncBatchNorm, which several GPUs need, would cut the network into pieces at each layer
     try:
@@ -61,10 +54,24 @@ def amp_dtype(precision, device):
     return torch.bfloat16 if precision == 'bf16' or precision == 'auto' and native else None
 
 
+def require_works(device):
+    """UserError unless the device can compute: a GPU may be held by another program, or be too old for this torch."""
+    if 'cuda' in device:
+        try:
+            torch.cuda.set_device(torch.device(device).index or 0)  # what asks for no device by name asks this one
+            torch.ones(1, device=device).add(1)
+        except RuntimeError as error:
+            raise UserError(f"{device} cannot be used ({str(error).splitlines()[0]}): another program may hold it, or it is too "
+                            "old for this torch; free it, or set device = 'cpu'") from error
+
+
 def describe(device, precision):
     """What computes, for the log, which shows at once when it is not what one thought."""
-    amp = amp_dtype(precision, device) or torch.float32
-    name = torch.cuda.get_device_name(device) if 'cuda' in device else f'the CPU, {torch.get_num_threads()} threads'
-    idle = 'cuda' not in device and os.path.exists('/proc/driver/nvidia/version') and not torch.cuda.is_available()
-    return f'computing on {name}, in {str(amp).split(".")[-1]}' + (
-        f'; torch cannot use the GPU of this machine: is its driver too old for CUDA {torch.version.cuda}?' if idle else '')
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if 'cuda' in device else f'the CPU with {threads} thread{"s" * (threads > 1)}'
+    several = f'{ranks.world()} times ' if ranks.world() > 1 else ''
+    there = os.path.exists('/proc/driver/nvidia/version') and os.environ.get('CUDA_VISIBLE_DEVICES') not in ('', '-1')
+    idle = '; torch cannot use the GPU that is here: ' + (
+        f'is its driver too old for CUDA {torch.version.cuda}, or was this container started without it?' if torch.version.cuda
+        else 'this torch is built without CUDA') if there and not torch.cuda.is_available() else ''
+    return f'computing on {several}{name}, in {"bf16" if amp_dtype(precision, device) else "fp32"}{idle}'

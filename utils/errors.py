@@ -1,4 +1,5 @@
 """What a user did wrong, or what the machine lacks, said in one sentence."""
+import contextlib
 import errno
 import functools
 import os
@@ -54,7 +55,8 @@ def exit_clearly(main):
     SIGTERM ends it as Ctrl-C does."""
     @functools.wraps(main)
     def run(*args, **kwargs):
-        joined, follows = 'RANK' in os.environ, os.environ.get('RANK', '0') != '0'  # torchrun's; the first of them speaks
+        joined = 'TORCHELASTIC_RUN_ID' in os.environ  # one of torchrun's processes, the first of which speaks
+        follows = joined and os.environ.get('RANK') != '0'
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(*args, **kwargs)
@@ -77,6 +79,8 @@ def exit_clearly(main):
 def _leave(code, joined):
     """End this process; one of several at once, since NCCL's farewell waits for the others, and they for this one's part."""
     if joined:
-        sys.stdout.flush(), sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a pipe that was closed
+                stream.flush()
         os._exit(code)
     sys.exit(code)

@@ -9,7 +9,6 @@ from models.losses import joint_loss
 from models.whale_net import whale_net
 from utils import ranks
 from utils.device import amp_dtype
-from utils.errors import is_out_of_memory
 from utils.metrics import average_precision, rank_of_truth, top_k
 
 MEASURED = ('loss', 'sigmoid', 'triplet', 'local', 'active', 'train_map5', 'train_top1', 'train_top5')  # and a count
@@ -51,14 +50,14 @@ def out_of_memory(c, data, part):
         try:
             _learn_once(c, data, size)
             fits = size
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        except Exception:  # another part of torch may say in other words how full it is
+            pass
     more = next((k for k in range(2, part) if fits and part % (4 * k) == 0 and 8 <= part // k <= fits), None)
     advice = 'lower batch_size' + (f', or set grad_accumulation = {more * c.grad_accumulation}' if more else '')
+    less = "'memory'" if 'cuda' in c.device else "'disk'"
     found = '' if ranks.world() > 1 else f' ({fits} at a time fit)' if fits else ' (not even 8 fit)'
     return (f'out of memory with {part} images of {c.height}x{c.width} at a time{found}: {advice}, take a smaller model_name, '
-            "height or width, or set cache = 'memory'; the last checkpoint is untouched")
+            f"height or width, or set cache = {less}; the last checkpoint is untouched")
 
 
 def _learn_once(c, data, size):

@@ -109,7 +109,8 @@ class Member:
         return self.shared[key]
 
     def _crops(self, frame):
-        return Crops(frame, *self.size, self.c.cache_dir, cache=self.c.cache, device=self.c.device)
+        device = 'cpu' if self.c.cache == 'auto' else self.c.device  # each crop is asked for about once: the disk is as good
+        return Crops(frame, *self.size, self.c.cache_dir, cache=self.c.cache, device=device)
 
     def embed(self, crops, rows, what):
         """(n, 2, C) on the device, scores left out: those of a whole gallery may be more than memory holds."""
