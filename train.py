@@ -232,6 +232,8 @@ def train_step(c, step, data, folder, state, clock):
                    f'checkPoint_start {step["checkPoint_start"]}')
         if why_not:
             say(state, f'not compiled: {why_not}')
+        elif net._compiled_call_impl:
+            say(state, 'the first iteration compiles the network, which may take minutes')
         say(state, HEADER)
 
     def snapshot(finished=False):

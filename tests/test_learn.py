@@ -144,7 +144,8 @@ def test_training_is_compiled_and_evaluation_is_not(scripts, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, real=torch.nn.Module.compile: real(net, backend='eager'))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    assert scripts.train(compile='yes').code == 0  # with two evaluations
+    done = scripts.train(compile='yes')  # with two evaluations
+    assert done.code == 0 and 'compiles the network' in (done.folder / 'log.txt').read_text()
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2  # of a trial, whether there is a compiler, and the step
 
 
