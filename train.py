@@ -287,9 +287,9 @@ def train_step(c, step, data, folder, state, clock):
                     state['since_best'] >= c.patience and c.stages != 'cosine'
                 state['finished'] = out_of_time or state['iteration'] >= c.max_iters or enough
                 if ranks.rank() == 0:
-                    state['kept'] = checkpoint.keep_best(folder, step['step'], state['iteration'], row['valid_map5'],
-                                                         state['kept'], snapshot(state['finished']))
-                    save(folder, snapshot(state['finished']))
+                    now = snapshot(state['finished'])
+                    state['kept'], same = checkpoint.keep_best(folder, now, row['valid_map5'])
+                    save(folder, {**now, 'kept': state['kept']}, same)
                 ranks.wait()  # the next step reads what the first process has written by now
                 clock.measure(began)
                 train_mode(net)
@@ -306,14 +306,17 @@ def train_step(c, step, data, folder, state, clock):
     return state
 
 
-def save(folder, state):
-    """The log, its table and picture, then last.pth, from where it goes on: killed in between, it writes them again."""
+def save(folder, state, same=None):
+    """The log, its table and picture, then last.pth, from where it goes on: killed in between, it writes them again.
+
+    `same`: a file that holds this state, if it was one of the best.
+    """
     lines, table = '\n'.join(state['log']) + '\n', pd.DataFrame(state['evaluations'])
     write_whole(folder / 'log.txt', lambda path: Path(path).write_text(lines, encoding='utf-8'))
     write_whole(folder / 'evaluations.csv', lambda path: table.to_csv(path, index=False))
     if len(table):
         plot_curves(table, folder / 'curves.png')
-    checkpoint.save(folder / 'last.pth', state)
+    checkpoint.save(folder / 'last.pth', state, same)
 
 
 def evaluate(c, lr, step, data, net, amp, state, sums, sampler):

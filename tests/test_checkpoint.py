@@ -16,7 +16,7 @@ def keep(folder, scores, step=1):
     """Evaluations 10, 20, ... with these MAP@5."""
     kept = []
     for number, score in enumerate(scores, 1):
-        kept = checkpoint.keep_best(folder, step, 10 * number, score, kept, {'iteration': 10 * number})
+        kept, _ = checkpoint.keep_best(folder, dict(step=step, iteration=10 * number, kept=kept), score)
     return kept
 
 

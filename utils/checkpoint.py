@@ -21,9 +21,12 @@ CONTENT = dict(
 KEEP = 3  # the best evaluations of a step also stay under their iteration
 
 
-def save(path, state):
-    """Write a checkpoint whole or not at all. `state` holds tensors and plain Python values only."""
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+def save(path, state, same=None):
+    """Write a checkpoint whole or not at all. `state` holds tensors and plain Python values only.
+
+    `same`: a file that holds this state already, which gets a second name: on a fast GPU writing takes a share of the time.
+    """
+    write_whole(path, lambda temporary: _same_file(same, temporary) if same else torch.save(state, temporary))
 
 
 def require_stored(path):
@@ -124,23 +127,28 @@ def find(folder, start, before_step=None):
     return path
 
 
-def keep_best(folder, step, iteration, map5, kept, state):
-    """Save `state` as the step's best if it is, and under its iteration if it is one of the KEEP best.
+def keep_best(folder, state, map5):
+    """Save `state` as its step's best if it is, and under its iteration if it is one of the KEEP best.
 
-    `kept` is the list of (MAP@5, iteration) under their own names; returns the new list. Equal scores: the later wins.
+    Its `kept` is the list of (MAP@5, iteration) under their own names. Returns the new list, which a saved state has, and the
+    file that holds it, or None. Equal scores: the later wins.
     """
-    ranked = sorted([*kept, (map5, iteration)], reverse=True)[:KEEP]
-    if (map5, iteration) not in ranked:
-        return ranked
-    own = folder / f'step{step}_{iteration:06d}.pth'
-    save(own, state)
-    if ranked[0] == (map5, iteration):
-        for name in (f'step{step}_best.pth', 'best.pth'):
-            write_whole(folder / name, lambda temporary: _same_file(own, temporary))
-    for _, old in kept:
-        if old not in [number for _, number in ranked]:
-            (folder / f'step{step}_{old:06d}.pth').unlink(missing_ok=True)
-    return ranked
+    def file(iteration):
+        return folder / f'step{state["step"]}_{iteration:06d}.pth'
+
+    now = map5, state['iteration']
+    ranked = sorted([*state['kept'], now], reverse=True)[:KEEP]
+    if now not in ranked:
+        return ranked, None
+    own = file(state['iteration'])
+    save(own, {**state, 'kept': ranked})
+    if ranked[0] == now:
+        for name in (f'step{state["step"]}_best.pth', 'best.pth'):
+            save(folder / name, None, own)
+    for score, old in state['kept']:
+        if (score, old) not in ranked:
+            file(old).unlink(missing_ok=True)
+    return ranked, own
 
 
 def _same_file(own, other):
