@@ -316,7 +316,10 @@ def save(folder, state, same=None):
     write_whole(folder / 'evaluations.csv', lambda path: table.to_csv(path, index=False))
     if len(table):
         plot_curves(table, folder / 'curves.png')
-    checkpoint.save(folder / 'last.pth', state, same)
+    if same:
+        checkpoint.link(same, folder / 'last.pth')
+    else:
+        checkpoint.save(folder / 'last.pth', state)
 
 
 def evaluate(c, lr, step, data, net, amp, state, sums, sampler):

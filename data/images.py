@@ -194,7 +194,7 @@ class Crops:
             free = shutil.disk_usage(path.parent).free
             if size > free:  # a full disk would end a write to mapped memory with a bus error
                 raise UserError(f'{path.parent} needs {size / 1e9:.1f} GB for decoded crops and {free / 1e9:.1f} GB are free; '
-                                'make room, set cache_dir to a folder on another disk, or cache = \'none\'')
+                                "make room, set cache_dir to a folder on another disk, or cache = 'none'")
             with open(path, 'ab') as file:  # another training may have it by now: it is not emptied
                 try:
                     getattr(os, 'posix_fallocate', lambda *_: 0)(file.fileno(), 0, size)  # the room is ours from now on

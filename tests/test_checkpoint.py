@@ -63,6 +63,27 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize('refused', [False, True])
+def test_an_evaluation_that_is_kept_is_written_once(scripts, monkeypatch, refused):
+    """And where a disk refuses links it is copied."""
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def save(*args, real=torch.save):
+        calls.append(1)
+        real(*args)
+
+    calls: list = []
+    monkeypatch.setattr(torch, 'save', save)
+    if refused:
+        monkeypatch.setattr(os, 'link', refuse)
+    folder = scripts.train(max_iters=6, eval_every=3).folder
+    assert len(calls) == 2
+    last, own = (folder / name for name in ('last.pth', 'step1_000006.pth'))
+    assert os.path.samefile(last, own) != refused and last.read_bytes() == own.read_bytes()
+    assert 6 in [iteration for _, iteration in checkpoint.load(last)['kept']]
+
+
 class Exploit:
     def __reduce__(self):
         return os.mkdir, ('owned',)

@@ -10,6 +10,7 @@ from data import images
 from data.augment import unpack
 from data.images import MARGIN, Crops, choose_cache, cut_crop, raw_size
 from utils.errors import UserError
+from utils.member import Member
 
 RNG = np.random.default_rng(0)
 WHOLE = [np.nan] * 4
@@ -258,3 +259,9 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
                                 (2000, 'cpu', 'disk'), (30000, 'cuda', 'none'), (30000, 'cpu', 'none')]:
         assert choose_cache(size, tmp_path / 'not' / 'there', device) == place
     assert choose_cache(30000, tmp_path, 'cpu') == 'disk'  # the crops are there already
+
+
+def test_answers_read_their_crops_from_the_disk_beside_a_gpu_too(frame, tmp_path):
+    """Each is asked for about once; to move all of them to the GPU first would cost more."""
+    c = SimpleNamespace(cache='auto', cache_dir=tmp_path, device='cuda')
+    assert Member._crops(SimpleNamespace(c=c, size=(32, 64)), frame).cache == 'disk'

@@ -21,12 +21,9 @@ CONTENT = dict(
 KEEP = 3  # the best evaluations of a step also stay under their iteration
 
 
-def save(path, state, same=None):
-    """Write a checkpoint whole or not at all. `state` holds tensors and plain Python values only.
-
-    `same`: a file that holds this state already, which gets a second name: on a fast GPU writing takes a share of the time.
-    """
-    write_whole(path, lambda temporary: _same_file(same, temporary) if same else torch.save(state, temporary))
+def save(path, state):
+    """Write a checkpoint whole or not at all. `state` holds tensors and plain Python values only."""
+    write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
 def require_stored(path):
@@ -144,17 +141,20 @@ def keep_best(folder, state, map5):
     save(own, {**state, 'kept': ranked})
     if ranked[0] == now:
         for name in (f'step{state["step"]}_best.pth', 'best.pth'):
-            save(folder / name, None, own)
+            link(own, folder / name)
     for score, old in state['kept']:
         if (score, old) not in ranked:
             file(old).unlink(missing_ok=True)
     return ranked, own
 
 
-def _same_file(own, other):
-    """A second name for one file, so that a best checkpoint costs its disk space once; a copy where links are refused."""
-    os.unlink(other)
-    try:
-        os.link(own, other)
-    except OSError:
-        shutil.copyfile(own, other)
+def link(own, path):
+    """A second name for one checkpoint, which costs neither disk space nor time; a copy where links are refused."""
+    def write(temporary):
+        os.unlink(temporary)
+        try:
+            os.link(own, temporary)
+        except OSError:
+            shutil.copyfile(own, temporary)
+
+    write_whole(path, write)
