@@ -83,10 +83,11 @@ def test_a_mistake_of_the_code_keeps_its_traceback(error):
 def test_a_process_of_torchrun_that_fails_goes_at_once(error, code, said):
     """Its farewell, here one that never ends, would wait for processes that wait for it."""
     script = (f'import atexit, time, utils.errors\natexit.register(time.sleep, 600)\n@utils.errors.exit_clearly\n'
-              f'def main(): raise {error}\nmain()')
-    done = subprocess.run([sys.executable, '-c', script], env={**os.environ, 'PYTHONPATH': str(REPO), 'RANK': '0',
-                                                                         'TORCHELASTIC_RUN_ID': 'x'}, timeout=60,
-                          capture_output=True, text=True)
+              f'def main():\n    print("not yet written")\n    raise {error}\nmain()')
+    environment = {**os.environ, 'PYTHONPATH': str(REPO), 'RANK': '0', 'TORCHELASTIC_RUN_ID': 'x', 'PYTHONUNBUFFERED': ''}
+    with open('/dev/full', 'w') as broken:  # as a pipe that nobody reads any more
+        done = subprocess.run([sys.executable, '-c', script], env=environment, timeout=60, text=True,
+                              stdout=broken, stderr=subprocess.PIPE)
     assert done.returncode == code and said in done.stderr
 
 

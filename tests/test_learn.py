@@ -102,12 +102,13 @@ def test_a_training_in_parts_says_so(scripts):
     assert done.code == 0 and '2 parts of 8' in (done.folder / 'log.txt').read_text()
 
 
-def test_out_of_memory_names_what_fits(scripts, monkeypatch):
+@pytest.mark.parametrize('then', ['CUDA out of memory', 'Unable to find a valid cuDNN algorithm to run convolution'])
+def test_out_of_memory_names_what_fits(scripts, monkeypatch, then):
     real = SmallBackbone.forward
 
     def small_card(self, x):
         if len(x) > 12:
-            raise torch.OutOfMemoryError('CUDA out of memory')
+            raise RuntimeError('CUDA out of memory' if len(x) == 32 else then)
         return real(self, x)
 
     monkeypatch.setattr(SmallBackbone, 'forward', small_card)
@@ -147,6 +148,16 @@ def test_training_is_compiled_and_evaluation_is_not(scripts, monkeypatch):
     done = scripts.train(compile='yes')  # with two evaluations
     assert done.code == 0 and 'compiles the network' in (done.folder / 'log.txt').read_text()
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2  # of a trial, whether there is a compiler, and the step
+
+
+def test_several_gpus_compile_only_when_asked_to(monkeypatch):
+    def compile(*_):
+        raise RuntimeError('tried')
+    monkeypatch.setattr(device.torch, 'compile', compile)
+    for world, auto in ((1, 'RuntimeError: tried'), (2, None)):
+        monkeypatch.setattr(device.ranks, 'world', lambda: world)
+        assert device.compile_network(None, 'auto', 'cuda') == auto
+        assert device.compile_network(None, 'yes', 'cuda') == 'RuntimeError: tried'
 
 
 def test_the_norms_of_several_gpus_keep_their_activations():
